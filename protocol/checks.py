@@ -1,0 +1,80 @@
+"""What is checked of a trained slice before it counts, cheapest first; each check raises its own kind of InvalidSlice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protocol import errors
+from protocol.plan import Dtype, Layout
+from protocol.slices import WIRE_NAMES, Factors, Header, names
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The slice that a job asked for."""
+
+    layout: Layout
+    rank: int
+    scale: float
+    dtype: Dtype
+    base: str  # digest of the slice that was handed out
+    round: int
+
+
+def check_header(header: Header, expected: Expected) -> None:
+    """Raises MismatchedSlice unless label, names, shapes and dtypes are exactly those that the job asked for."""
+    label = header.label
+    for what, came, wanted in (
+        ("rank", label.rank, expected.rank),
+        ("scale", label.scale, expected.scale),
+        ("base", label.base, expected.base),
+        ("round", label.round, expected.round),
+    ):
+        if came != wanted:
+            raise errors.MismatchedSlice(f"the slice's {what} is {came}; the job's is {wanted}", expected=wanted, came=came)
+    wanted_shapes = names(expected.layout, expected.rank)
+    missing = sorted(wanted_shapes.keys() - header.entries.keys())
+    extra = sorted(header.entries.keys() - wanted_shapes.keys())
+    if missing or extra:
+        raise errors.MismatchedSlice(
+            f"{len(missing)} tensors are missing and {len(extra)} are not the job's, first {(missing or extra)[0][:200]}",
+            missing=[name[:200] for name in missing[:10]],
+            extra=[name[:200] for name in extra[:10]],
+        )
+    for name, shape in wanted_shapes.items():
+        entry = header.entries[name]
+        if entry.shape != shape:
+            raise errors.MismatchedSlice(f"{name} has shape {list(entry.shape)}; {list(shape)} was expected", tensor=name)
+        if entry.dtype != WIRE_NAMES[expected.dtype]:
+            raise errors.MismatchedSlice(f"{name} is {entry.dtype}; {WIRE_NAMES[expected.dtype]} was expected", tensor=name)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises NonFiniteSlice if the tensor holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise errors.NonFiniteSlice(f"{name} holds NaN or infinity", tensor=name)
+
+
+def change_energy(new: Factors, scale: float, old: Factors, old_scale: float) -> float:
+    """‖s b a − s₀ b₀ a₀‖²_F from Gram matrices of size r + r₀, in float64; never the dense matrix.
+
+    With B = [b, b₀], A = [a; a₀] and D = diag(s, −s₀):  ‖B D A‖² = tr(D BᵀB D A Aᵀ). Cost (n_out + n_in)(r + r₀)².
+    """
+    b = torch.cat([new.b, old.b], dim=1).double()  # (n_out, r + r₀)
+    a = torch.cat([new.a, old.a], dim=0).double()  # (r + r₀, n_in)
+    d = torch.tensor([scale] * new.rank + [-old_scale] * old.rank, dtype=torch.float64)
+    gram_b = d[:, None] * (b.T @ b) * d[None, :]
+    return max(0.0, float((gram_b * (a @ a.T)).sum()))
+
+
+def check_change(load_new: Callable[[str], Factors], load_old: Callable[[str], Factors], expected: Expected) -> float:
+    """‖change‖_F over all modules; raises ExcessiveChange where float64 cannot hold it. One module in memory at a time."""
+    energy = sum(change_energy(load_new(m), expected.scale, load_old(m), expected.scale) for m in expected.layout.modules)
+    if not math.isfinite(energy):
+        raise errors.ExcessiveChange("the slice's change is too large to be a number")
+    return math.sqrt(energy)

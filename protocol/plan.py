@@ -1,0 +1,285 @@
+"""The plan: what one federated fine-tuning shall be. Data, never code.
+
+An operator writes a plan as TOML. Before it can run it is *resolved*: the base model is looked at once and its
+fingerprint and layout (names and shapes of what will be adapted) are written into the plan, so that the coordinator
+needs no model library and every device can check that it trains what the others train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+Seconds = Annotated[float, Field(gt=0, le=30 * 86_400, description="seconds")]
+Share = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,63}$", description="1 to 64 letters, digits, . _ - or blank")]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$", description="sha256:<64 hexadecimal digits>")]
+LARGEST_RANK = 4096
+
+
+class Strict(BaseModel):
+    """A frozen message that refuses what it does not know, and numbers that are none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Dtype(StrEnum):
+    """How the numbers of a slice travel."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def size(self) -> int:
+        """Bytes per number."""
+        return 4 if self is Dtype.float32 else 2
+
+
+class Model(Strict):
+    """The base model, by hub id or by a path that is the same on every device."""
+
+    id: str = Field(min_length=1, max_length=512, description="hub id, local folder, or `package:NAME` for weights that a Python package carries")
+    revision: str | None = Field(default=None, max_length=128, description="hub revision; pin it")
+    fingerprint: Digest | None = Field(default=None, description="digest of configuration and weights; filled when the plan is resolved")
+
+
+class SequenceClassification(Strict):
+    """Give a text, or a pair of texts, one of the labels."""
+
+    kind: Literal["sequence-classification"] = "sequence-classification"
+    labels: list[str] = Field(min_length=2, max_length=10_000, description="label texts as they stand in the data, in the order of the model's outputs")
+    text: str = Field(default="text", min_length=1, description="column of the text")
+    text_pair: str | None = Field(default=None, description="column of the second text, for pairs")
+    label: str = Field(default="label", min_length=1, description="column of the label")
+    max_length: int = Field(default=128, ge=4, le=32_768, description="tokens; longer texts are cut")
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _texts(cls, labels: object) -> object:
+        return [str(x) if isinstance(x, int) else x for x in labels] if isinstance(labels, list) else labels
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str]) -> list[str]:
+        if len(set(labels)) < len(labels):
+            raise ValueError("labels must be distinct")
+        return labels
+
+
+class CausalLM(Strict):
+    """Continue a text; where there is a prompt column, only what follows the prompt is learned."""
+
+    kind: Literal["causal-lm"] = "causal-lm"
+    text: str = Field(default="text", min_length=1, description="column of the text that is learned")
+    prompt: str | None = Field(default=None, description="column of the prompt, which is read but not learned")
+    max_length: int = Field(default=256, ge=4, le=131_072, description="tokens; longer texts are cut")
+
+
+Task = Annotated[SequenceClassification | CausalLM, Field(discriminator="kind")]
+
+
+class Scaling(StrEnum):
+    """How a slice's scale follows from alpha and its rank."""
+
+    constant = "constant"
+    rank = "rank"
+    root = "root"
+
+
+class Split(StrEnum):
+    """Where the singular values go when an adapter U S Vᵀ is cut into b and a."""
+
+    balanced = "balanced"
+    left = "left"
+    right = "right"
+
+
+class Adapter(Strict):
+    """What is adapted, and by which conventions."""
+
+    modules: list[str] | Literal["all-linear"] = Field(description="name endings of the linear modules to adapt, or all-linear")
+    full: list[str] | None = Field(default=None, description="modules trained in full; by default the task's freshly made head")
+    alpha: float = Field(default=2.0, gt=0, le=1e4)
+    scaling: Scaling = Field(default=Scaling.constant, description="scale = alpha (constant), alpha / rank, or alpha / √rank (root)")
+    split: Split = Field(default=Split.balanced, description="b = U√S, a = √S Vᵀ (balanced); b = US, a = Vᵀ (left); b = U, a = SVᵀ (right)")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    def scale(self, rank: int) -> float:
+        """The factor s in `s · b @ a` for a slice of this rank."""
+        match self.scaling:
+            case Scaling.constant:
+                return self.alpha
+            case Scaling.rank:
+                return self.alpha / rank
+            case Scaling.root:
+                return self.alpha / math.sqrt(rank)
+
+
+class BaseFacts(Strict):
+    """Sizes of the base model from which memory and time are estimated."""
+
+    parameters: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    hidden: int = Field(gt=0)
+    vocabulary: int = Field(gt=0)
+
+
+class Layout(Strict):
+    """Names and shapes of all that a slice holds."""
+
+    modules: dict[str, tuple[int, int]] = Field(min_length=1, max_length=20_000, description="adapted module → (n_out, n_in)")
+    full: dict[str, tuple[int, ...]] = Field(default={}, max_length=1_000, description="fully trained tensor → shape")
+    base: BaseFacts
+
+    @field_validator("modules", "full")
+    @classmethod
+    def _positive(cls, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for name, shape in shapes.items():
+            if not name or "/" in name or len(name) > 512:
+                raise ValueError(f"{name!r} is no tensor name")
+            if not shape or any(n < 1 or n > 2**31 for n in shape):
+                raise ValueError(f"{name} has the impossible shape {list(shape)}")
+        return dict(sorted(shapes.items()))
+
+    def smallest_side(self) -> int:
+        """The largest rank that every adapted module can have."""
+        return min(min(shape) for shape in self.modules.values())
+
+    def numbers(self, rank: int) -> int:
+        """How many numbers a slice of this rank holds: Σ rank (n_out + n_in) and the full tensors."""
+        return sum(rank * sum(shape) for shape in self.modules.values()) + sum(math.prod(s) for s in self.full.values())
+
+
+class Training(Strict):
+    """One client's work in one round."""
+
+    learning_rate: float = Field(gt=0, le=10)
+    epochs: float = Field(default=1.0, gt=0, le=1_000, description="passes over the client's training rows")
+    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps at most")
+    batch_size: int = Field(default=8, ge=1, le=65_536, description="rows per forward pass")
+    accumulate: int = Field(default=1, ge=1, le=65_536, description="forward passes per optimiser step")
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises")
+    decay: bool = Field(default=True, description="let the learning rate fall linearly to zero within the job")
+    weight_decay: float = Field(default=0.0, ge=0, le=10)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: what the device does well")
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps for that many rows."""
+        wanted = max(1, math.ceil(self.epochs * examples / (self.batch_size * self.accumulate)))
+        return min(wanted, self.max_steps or wanted)
+
+
+class Choice(Strict):
+    """A strategy or a rank policy by name, with its own options."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
+    options: Mapping[str, JsonValue] = Field(default={})
+
+
+class Ranks(Choice):
+    """How each client gets its rank."""
+
+    name: str = Field(default="capacity", pattern=r"^[a-z][a-z0-9_]{0,63}$")
+    ladder: list[Annotated[int, Field(ge=1, le=LARGEST_RANK)]] = Field(min_length=1, max_length=64, description="the ranks that may be given, rising")
+
+    @field_validator("ladder")
+    @classmethod
+    def _rising(cls, ladder: list[int]) -> list[int]:
+        if any(low >= high for low, high in zip(ladder, ladder[1:], strict=False)):
+            raise ValueError("the ladder must rise: each rank larger than the one before")
+        return ladder
+
+
+class Cohort(Strict):
+    """How many clients make a round."""
+
+    target: int = Field(ge=1, le=1_000_000, description="contributions that close the round at once")
+    quorum: int = Field(ge=1, le=1_000_000, description="contributions that suffice at the deadline")
+    over_selection: float = Field(default=1.0, ge=1, le=10, description="clients drawn = target × this, rounded up")
+    attempts: int = Field(default=3, ge=1, le=100, description="how often a round is tried before the run pauses")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.quorum > self.target:
+            raise ValueError(f"the quorum of {self.quorum} is more than the target of {self.target}")
+        return self
+
+
+class Times(Strict):
+    """The four times, in seconds; there are no others."""
+
+    lease: Seconds = Field(default=60.0, description="a job whose lease is not renewed for so long is given to another")
+    no_progress: Seconds = Field(default=600.0, description="a job that reports the same phase and step for so long is given to another")
+    job: Seconds = Field(default=3600.0, description="a client's whole work on one job")
+    round: Seconds = Field(default=7200.0, description="a round is closed or abandoned after this")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.job > self.round:
+            raise ValueError(f"a job of {self.job:g} s does not fit a round of {self.round:g} s")
+        if self.lease > self.job:
+            raise ValueError(f"a lease of {self.lease:g} s is longer than a job of {self.job:g} s")
+        return self
+
+
+class Evaluation(Strict):
+    """Whether and how clients measure published adapters on their own held-out rows."""
+
+    every: int = Field(default=1, ge=0, description="rounds between evaluations; 0 for none; the first and the last are always measured otherwise")
+    rank: int | None = Field(default=None, ge=1, description="a rank of the ladder; by default each client's own")
+
+
+class NormBound(Strict):
+    """A limit on ‖s b a − s₀ b₀ a₀‖_F over all modules of one contribution."""
+
+    bound: float = Field(gt=0)
+    action: Literal["clip", "reject"] = "clip"
+
+
+class Plan(Strict):
+    """One federated fine-tuning, described."""
+
+    name: Name
+    model: Model
+    task: Task
+    data: str = Field(min_length=1, max_length=128, description="alias of the data set on every device")
+    adapter: Adapter
+    layout: Layout | None = Field(default=None, description="filled when the plan is resolved")
+    training: Training
+    strategy: Choice = Choice(name="delta")
+    cap: int | None = Field(default=None, ge=1, le=LARGEST_RANK, description="rank of the global adapter; by default the ladder's largest")
+    ranks: Ranks
+    cohort: Cohort
+    rounds: int = Field(ge=1, le=100_000)
+    times: Times = Times()
+    evaluation: Evaluation = Evaluation()
+    norm: NormBound | None = None
+    largest_share: Share = Field(default=1.0, description="no contribution weighs more than this share of a round")
+    wire: Dtype = Dtype.float32
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.evaluation.rank is not None and self.evaluation.rank not in self.ranks.ladder:
+            raise ValueError(f"evaluation rank {self.evaluation.rank} is not on the ladder {self.ranks.ladder}")
+        if self.cap is not None and self.cap < self.ranks.ladder[-1]:
+            raise ValueError(f"the cap {self.cap} is below the ladder's largest rank {self.ranks.ladder[-1]}")
+        if self.layout is not None and self.global_rank > self.layout.smallest_side():
+            raise ValueError(f"rank {self.global_rank} is more than the smallest side {self.layout.smallest_side()} of the adapted modules")
+        return self
+
+    @property
+    def global_rank(self) -> int:
+        """The rank at which the coordinator keeps the global adapter."""
+        return self.cap or self.ranks.ladder[-1]
+
+    def digest(self) -> str:
+        """The plan's own name: SHA-256 of its canonical JSON."""
+        return "sha256:" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()

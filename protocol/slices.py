@@ -1,0 +1,228 @@
+"""A slice on the wire: one safetensors file that carries its own label, the same bytes for the same content.
+
+    factors/<module>/a   (r, n_in)        factors/<module>/b   (n_out, r)        full/<tensor>   as the model has it
+
+The label stands in the file's metadata under one key, as JSON: metadata with several keys come out of the safetensors
+library in an order that changes from process to process, and a slice's name is the digest of its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from protocol import errors
+from protocol.plan import LARGEST_RANK, Digest, Dtype, Layout, Strict
+
+LABEL_KEY = "hlora"
+HEADER_SLACK = 4096  # bytes by which an honest header may differ from ours: other labels, other padding
+TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
+WIRE_NAMES: Mapping[Dtype, str] = {Dtype.float32: "F32", Dtype.bfloat16: "BF16", Dtype.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A pair of factors, standing for the update `scale · b @ a` of one weight matrix."""
+
+    b: Tensor  # (n_out, r)
+    a: Tensor  # (r, n_in)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+class Label(Strict):
+    """What a slice says of itself."""
+
+    rank: int = Field(ge=1, le=LARGEST_RANK)
+    scale: float = Field(gt=0, description="s in s · b @ a")
+    round: int = Field(ge=0, description="the round that published it, or that it was trained in")
+    base: Digest | None = Field(default=None, description="a trained slice: the slice that it started from")
+    examples: int | None = Field(default=None, ge=1, description="a trained slice: rows that it was trained on")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The rank-r part of the global adapter, with the fully trained tensors."""
+
+    label: Label
+    factors: Mapping[str, Factors]
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a slice's file."""
+
+    dtype: str  # safetensors' name, such as F32
+    shape: tuple[int, ...]
+    start: int  # first byte, counted from the file's first byte
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A slice's table of contents."""
+
+    label: Label
+    entries: Mapping[str, Entry]
+    length: int  # bytes of the whole file
+
+
+def names(layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a slice and its shape, in the order of the file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, (n_out, n_in) in layout.modules.items():
+        shapes[f"factors/{module}/a"] = (rank, n_in)
+        shapes[f"factors/{module}/b"] = (n_out, rank)
+    shapes.update({f"full/{name}": tuple(shape) for name, shape in layout.full.items()})
+    return shapes
+
+
+def head(layout: Layout, label: Label, dtype: Dtype) -> bytes:
+    """The first bytes of a slice, up to its first number: length, then header, padded to eight bytes."""
+    table: dict[str, object] = {"__metadata__": {LABEL_KEY: label.model_dump_json(exclude_none=True)}}
+    offset = 0
+    for name, shape in names(layout, label.rank).items():
+        size = dtype.size * int(torch.Size(shape).numel())
+        table[name] = {"dtype": WIRE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def largest_length(layout: Layout, rank: int, dtype: Dtype) -> int:
+    """The most bytes that an honest slice of this rank can have, known before its first byte comes."""
+    label = Label(rank=rank, scale=1.0, round=0)
+    return len(head(layout, label, dtype)) + HEADER_SLACK + dtype.size * layout.numbers(rank)
+
+
+def numbers(tensor: Tensor, dtype: Dtype) -> bytes:
+    """A tensor's numbers as they travel: row-major, little-endian."""
+    return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def tensors(slice: Slice, layout: Layout) -> Iterator[Tensor]:
+    """A slice's tensors in the order of the file."""
+    for module in layout.modules:
+        yield slice.factors[module].a
+        yield slice.factors[module].b
+    for name in layout.full:
+        yield slice.full[name]
+
+
+def pack(slice: Slice, layout: Layout, dtype: Dtype) -> bytes:
+    """A slice's file. Equal slices give equal bytes."""
+    return head(layout, slice.label, dtype) + b"".join(numbers(t, dtype) for t in tensors(slice, layout))
+
+
+def digest(data: bytes) -> str:
+    """The name of some bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def read_header(start: bytes, length: int) -> Header:
+    """The table of contents, from the file's first bytes and its length.
+
+    Raises MalformedSlice unless it is a well-formed safetensors header with our label: valid JSON without a key twice,
+    ranges that begin at zero, follow each other without gap or overlap, end with the file, and have their shape's size.
+    """
+    if len(start) < 8:
+        raise errors.MalformedSlice(f"a slice begins with its header's length in eight bytes; only {len(start)} came")
+    size = int.from_bytes(start[:8], "little")
+    if size > length - 8:
+        raise errors.MalformedSlice(f"the header says it is {size} bytes long, the file has {length}")
+    if size > len(start) - 8:
+        raise errors.MalformedSlice(f"the header is {size} bytes long; at most {len(start) - 8} were expected")
+    try:
+        table = json.loads(start[8 : 8 + size], object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise errors.MalformedSlice(f"the header is no JSON object that safetensors allows: {error}") from None
+    if not isinstance(table, dict):
+        raise errors.MalformedSlice("the header is not a JSON object")
+    label = _label(table.pop("__metadata__", None))
+    entries = {name: _entry(name, entry, 8 + size) for name, entry in table.items()}
+    expected = 8 + size
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != expected:
+            raise errors.MalformedSlice(f"{name} begins at byte {entry.start}; {expected} was expected: ranges must neither overlap nor leave gaps")
+        expected = entry.stop
+    if expected != length:
+        raise errors.MalformedSlice(f"the tensors end at byte {expected}, the file at {length}")
+    return Header(label=label, entries=entries, length=length)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _label(metadata: object) -> Label:
+    text = metadata.get(LABEL_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise errors.MalformedSlice(f"the metadata have no label under {LABEL_KEY!r}")
+    try:
+        return Label.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise errors.MalformedSlice(f"the label's {where or 'text'} is wrong: {first['msg']}") from None
+
+
+_SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+def _entry(name: str, entry: object, data: int) -> Entry:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)], **rest} if not rest:
+            pass
+        case _:
+            raise errors.MalformedSlice(f"the header's entry of {name[:200]} is not {{dtype, shape, data_offsets}}")
+    if dtype not in _SIZES:
+        raise errors.MismatchedSlice(f"{name[:200]} is {dtype[:20]}; {', '.join(_SIZES)} were expected")
+    if not all(type(n) is int and 0 <= n < 2**40 for n in (*shape, start, stop)) or start > stop or len(shape) > 8:
+        raise errors.MalformedSlice(f"the header's entry of {name[:200]} has impossible numbers")
+    count = 1
+    for n in shape:
+        count *= n
+    if stop - start != count * _SIZES[dtype]:
+        raise errors.MalformedSlice(f"{name[:200]} has shape {shape} of {dtype} but {stop - start} bytes")
+    return Entry(dtype=dtype, shape=tuple(shape), start=data + start, stop=data + stop)
+
+
+def decode(data: bytes | bytearray | memoryview, entry: Entry) -> Tensor:
+    """One tensor from its bytes, in the dtype in which it travelled; shares memory with nothing."""
+    dtype = TORCH_DTYPES[next(d for d, name in WIRE_NAMES.items() if name == entry.dtype)]
+    if not len(data):
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry.shape)
+
+
+def unpack(data: bytes) -> Slice:
+    """A slice from its file's bytes. Raises MalformedSlice, or MismatchedSlice for tensors that no slice has."""
+    header = read_header(data, len(data))
+    view = memoryview(data)
+    found = {name: decode(view[e.start : e.stop], e) for name, e in header.entries.items()}
+    factors: dict[str, Factors] = {}
+    full: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        match name.split("/"):
+            case ["factors", module, "a"] if f"factors/{module}/b" in found:
+                factors[module] = Factors(b=found[f"factors/{module}/b"], a=tensor)
+            case ["factors", module, "b"] if f"factors/{module}/a" in found:
+                pass
+            case ["full", tensor_name]:
+                full[tensor_name] = tensor
+            case _:
+                raise errors.MismatchedSlice(f"{name[:200]} is no tensor of a slice")
+    return Slice(label=header.label, factors=factors, full=full)
