@@ -1,41 +1,41 @@
 """Every refusal of this project, in one tree; the class is the contract, on both sides of the wire.
 
-    HLoRAError
-    ├── InvalidRequest            the body or a parameter is not what the route takes
-    │   ├── InvalidPlan             a plan that could never be carried out
-    │   ├── InvalidProfile          a profile that contradicts itself
-    │   └── InvalidResult           counts or metrics that cannot be true
-    ├── Unauthenticated           no credential, or one that nobody issued or that was revoked
-    ├── Forbidden                 the credential is good, its role is not
-    ├── NotFound                  no such thing, or none that this credential may see
-    ├── Conflict                  the thing is not in the state that the request needs
-    │   ├── StaleLease              somebody else holds the job now
-    │   ├── DifferentResult         the job was already answered, otherwise
-    │   ├── NameTaken               another client has the name
-    │   └── KeyReused               an idempotency key came with another body
-    ├── Over                      it was there; it has ended
-    │   ├── EnrolmentOver           the enrolment token is expired, used up or revoked
-    │   └── JobOver                 the job ended without this client: expired, cancelled, rejected
-    ├── OutdatedAgent             the agent is too old for this coordinator
-    ├── TooLarge                  the body is longer than an honest one can be
-    ├── TruncatedBody             fewer bytes came than were announced
-    ├── InvalidSlice              a slice that cannot count
-    │   ├── DigestMismatch          its bytes are not those that were announced
-    │   ├── MalformedSlice          it is no well-formed safetensors file
-    │   ├── MismatchedSlice         names, shapes, dtypes, rank or scale are not the job's
-    │   ├── NonFiniteSlice          it holds NaN or infinity
-    │   └── ExcessiveChange         its change is larger than the plan allows
-    ├── UnmergeableRound          contributions that no strategy can merge
-    │   ├── NoContributions         there is nothing to merge
-    │   └── ZeroWeight              the weights sum to nothing
-    ├── Unavailable               not now; later
-    ├── InternalError             a defect of the coordinator; its log has the trace
-    └── Refusal                   the device says no
-        ├── PolicyRefusal           its owner's policy forbids the job
-        ├── DataRefusal             the data set or a column is missing, or holds nothing of use
-        ├── ModelRefusal            the base model cannot be loaded or is not the plan's
-        ├── MemoryRefusal           the job does not fit the device's memory
-        └── InsecureTransport       a credential would travel in the clear
+HLoRAError
+├── InvalidRequest            the body or a parameter is not what the route takes
+│   ├── InvalidPlan             a plan that could never be carried out
+│   ├── InvalidProfile          a profile that contradicts itself
+│   └── InvalidResult           counts or metrics that cannot be true
+├── Unauthenticated           no credential, or one that nobody issued or that was revoked
+├── Forbidden                 the credential is good, its role is not
+├── NotFound                  no such thing, or none that this credential may see
+├── Conflict                  the thing is not in the state that the request needs
+│   ├── StaleLease              somebody else holds the job now
+│   ├── DifferentResult         the job was already answered, otherwise
+│   ├── NameTaken               another client has the name
+│   └── KeyReused               an idempotency key came with another body
+├── Over                      it was there; it has ended
+│   ├── EnrolmentOver           the enrolment token is expired, used up or revoked
+│   └── JobOver                 the job ended without this client: expired, cancelled, rejected
+├── OutdatedAgent             the agent is too old for this coordinator
+├── TooLarge                  the body is longer than an honest one can be
+├── TruncatedBody             fewer bytes came than were announced
+├── InvalidSlice              a slice that cannot count
+│   ├── DigestMismatch          its bytes are not those that were announced
+│   ├── MalformedSlice          it is no well-formed safetensors file
+│   ├── MismatchedSlice         names, shapes, dtypes, rank or scale are not the job's
+│   ├── NonFiniteSlice          it holds NaN or infinity
+│   └── ExcessiveChange         its change is larger than the plan allows
+├── UnmergeableRound          contributions that no strategy can merge
+│   ├── NoContributions         there is nothing to merge
+│   └── ZeroWeight              the weights sum to nothing
+├── Unavailable               not now; later
+├── InternalError             a defect of the coordinator; its log has the trace
+└── Refusal                   the device says no
+    ├── PolicyRefusal           its owner's policy forbids the job
+    ├── DataRefusal             the data set or a column is missing, or holds nothing of use
+    ├── ModelRefusal            the base model cannot be loaded or is not the plan's
+    ├── MemoryRefusal           the job does not fit the device's memory
+    └── InsecureTransport       a credential would travel in the clear
 """
 
 from __future__ import annotations

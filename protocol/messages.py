@@ -90,7 +90,9 @@ class Limits(Strict):
     largest_rank: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     max_bytes: Bytes | None = Field(default=None, description="bytes up and down per job")
-    models: list[Annotated[str, Field(max_length=512)]] | None = Field(default=None, max_length=100, description="patterns of allowed model ids")
+    models: list[Annotated[str, Field(max_length=512)]] | None = Field(
+        default=None, max_length=100, description="patterns of allowed model ids"
+    )
 
 
 class Profile(Strict):
@@ -99,7 +101,9 @@ class Profile(Strict):
     device: str = Field(default="cpu", max_length=128, description="cpu, or the accelerator's name")
     cores: int = Field(default=1, ge=1, le=100_000)
     memory_bytes: Bytes = Field(gt=0, description="memory that training may use: the accelerator's, or the machine's")
-    training_flops: float = Field(gt=0, le=1e18, description="floating-point operations per second reached in a trial step, forward and backward")
+    training_flops: float = Field(
+        gt=0, le=1e18, description="floating-point operations per second reached in a trial step, forward and backward"
+    )
     up_bytes_per_second: float | None = Field(default=None, gt=0, le=1e12)
     down_bytes_per_second: float | None = Field(default=None, gt=0, le=1e12)
     precisions: list[Dtype] = Field(default=[Dtype.float32], min_length=1, max_length=3)
@@ -268,7 +272,9 @@ class RankView(Strict):
 
     rank: int
     reason: str = Field(description="one sentence")
-    limits: dict[str, int | None] = Field(default={}, description="largest rung that each consideration allows; null where it sets no limit")
+    limits: dict[str, int | None] = Field(
+        default={}, description="largest rung that each consideration allows; null where it sets no limit"
+    )
 
 
 class JobView(Strict):

@@ -8,6 +8,7 @@ needs no model library and every device can check that it trains what the others
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping
 from enum import StrEnum
@@ -44,7 +45,9 @@ class Dtype(StrEnum):
 class Model(Strict):
     """The base model, by hub id or by a path that is the same on every device."""
 
-    id: str = Field(min_length=1, max_length=512, description="hub id, local folder, or `package:NAME` for weights that a Python package carries")
+    id: str = Field(
+        min_length=1, max_length=512, description="hub id, local folder, or `package:NAME` for weights that a Python package carries"
+    )
     revision: str | None = Field(default=None, max_length=128, description="hub revision; pin it")
     fingerprint: Digest | None = Field(default=None, description="digest of configuration and weights; filled when the plan is resolved")
 
@@ -53,7 +56,9 @@ class SequenceClassification(Strict):
     """Give a text, or a pair of texts, one of the labels."""
 
     kind: Literal["sequence-classification"] = "sequence-classification"
-    labels: list[str] = Field(min_length=2, max_length=10_000, description="label texts as they stand in the data, in the order of the model's outputs")
+    labels: list[str] = Field(
+        min_length=2, max_length=10_000, description="label texts as they stand in the data, in the order of the model's outputs"
+    )
     text: str = Field(default="text", min_length=1, description="column of the text")
     text_pair: str | None = Field(default=None, description="column of the second text, for pairs")
     label: str = Field(default="label", min_length=1, description="column of the label")
@@ -187,12 +192,14 @@ class Ranks(Choice):
     """How each client gets its rank."""
 
     name: str = Field(default="capacity", pattern=r"^[a-z][a-z0-9_]{0,63}$")
-    ladder: list[Annotated[int, Field(ge=1, le=LARGEST_RANK)]] = Field(min_length=1, max_length=64, description="the ranks that may be given, rising")
+    ladder: list[Annotated[int, Field(ge=1, le=LARGEST_RANK)]] = Field(
+        min_length=1, max_length=64, description="the ranks that may be given, rising"
+    )
 
     @field_validator("ladder")
     @classmethod
     def _rising(cls, ladder: list[int]) -> list[int]:
-        if any(low >= high for low, high in zip(ladder, ladder[1:], strict=False)):
+        if any(low >= high for low, high in itertools.pairwise(ladder)):
             raise ValueError("the ladder must rise: each rank larger than the one before")
         return ladder
 
@@ -232,7 +239,9 @@ class Times(Strict):
 class Evaluation(Strict):
     """Whether and how clients measure published adapters on their own held-out rows."""
 
-    every: int = Field(default=1, ge=0, description="rounds between evaluations; 0 for none; the first and the last are always measured otherwise")
+    every: int = Field(
+        default=1, ge=0, description="rounds between evaluations; 0 for none; the first and the last are always measured otherwise"
+    )
     rank: int | None = Field(default=None, ge=1, description="a rank of the ladder; by default each client's own")
 
 

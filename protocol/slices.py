@@ -153,7 +153,9 @@ def read_header(start: bytes, length: int) -> Header:
     expected = 8 + size
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != expected:
-            raise errors.MalformedSlice(f"{name} begins at byte {entry.start}; {expected} was expected: ranges must neither overlap nor leave gaps")
+            raise errors.MalformedSlice(
+                f"{name} begins at byte {entry.start}; {expected} was expected: ranges must neither overlap nor leave gaps"
+            )
         expected = entry.stop
     if expected != length:
         raise errors.MalformedSlice(f"the tensors end at byte {expected}, the file at {length}")
