@@ -1,0 +1,171 @@
+"""Rank policies: how a client's machine, link, time and data become its rank. The folder is the registry.
+
+A file here is a policy: it holds one class, named after the file, whose fields are the options that a plan may give it and
+whose docstring's first line describes it to operators. Packages from outside register such a class as an entry point of the
+group `hlora.ranks`. Policies are pure: they know no clock, no database and no other client but by the population.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from pydantic import ValidationError
+
+from protocol import errors
+from protocol.messages import Description, Profile, RankView, Usage
+from protocol.plan import Layout, Plan, Ranks, Strict
+from protocol.slices import HEADER_SLACK
+
+ENTRY_POINTS = "hlora.ranks"
+ENTRY_BYTES = 128  # of one tensor in a slice's header, beside its name
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the client's latest accepted training job of this run cost, and at which rank."""
+
+    rank: int
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One client as a policy sees it."""
+
+    name: str
+    labels: Mapping[str, str]
+    profile: Profile
+    measured: Measured | None = None
+    previous: int | None = None  # the rank of its last job in this run
+
+
+@dataclass(frozen=True)
+class Population:
+    """What a policy may know of the others: the training rows of all eligible clients, this one's among them."""
+
+    examples: tuple[int, ...]
+
+
+class Policy(Strict):
+    """A rank policy together with its options."""
+
+    def check(self, ladder: Sequence[int]) -> None:
+        """Raise InvalidPlan if the options do not go with the plan's ladder."""
+
+    @abstractmethod
+    def obstacle(self, plan: Plan, candidate: Candidate, rungs: Sequence[int]) -> str | None:
+        """Why the candidate cannot be given any of the rungs, in words for an operator; None if it can.
+
+        `rungs` are those that the device's owner allows, rising, at least one.
+        """
+
+    @abstractmethod
+    def choose(self, plan: Plan, candidate: Candidate, population: Population, rungs: Sequence[int]) -> RankView:
+        """One of the rungs, and why. Called only where there is no obstacle."""
+
+
+def names() -> list[str]:
+    """The policies that a plan may name."""
+    return sorted({*_inside(), *entry_points(group=ENTRY_POINTS).names})
+
+
+def _inside() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def load(name: str) -> type[Policy]:
+    """The policy of that name. Raises InvalidPlan if there is none; a name that is not in the registry imports nothing."""
+    if name not in names():
+        raise errors.InvalidPlan(f"there is no rank policy {name!r}; there are {', '.join(names())}", known=names())
+    found: object
+    if name in _inside():
+        found = getattr(import_module(f"{__name__}.{name}"), name.title().replace("_", ""))
+    else:
+        found = entry_points(group=ENTRY_POINTS)[name].load()
+    assert isinstance(found, type)
+    assert issubclass(found, Policy)
+    return found
+
+
+def configured(ranks: Ranks) -> Policy:
+    """The plan's policy with its options. Raises InvalidPlan for an unknown name or wrong options."""
+    kind = load(ranks.name)
+    try:
+        policy = kind.model_validate(dict(ranks.options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(x) for x in first["loc"]) or "options"
+        known = ", ".join(kind.model_fields) or "none"
+        raise errors.InvalidPlan(f"rank policy {ranks.name!r}, {where}: {first['msg']}; its options are {known}") from None
+    policy.check(ranks.ladder)
+    return policy
+
+
+def check(ranks: Ranks) -> None:
+    """Raise InvalidPlan unless the policy exists and takes these options and this ladder."""
+    configured(ranks)
+
+
+def describe() -> list[Description]:
+    """Every policy with the JSON schema of its options."""
+    return [_description(name, load(name)) for name in names()]
+
+
+def _description(name: str, kind: type[Policy]) -> Description:
+    return Description(name=name, summary=(kind.__doc__ or name).splitlines()[0], options=kind.model_json_schema())
+
+
+def fits(plan: Plan, candidate: Candidate) -> str | None:
+    """Why the candidate cannot be given even the smallest rank that the policy would give; None if it can."""
+    rungs = allowed(plan, candidate.profile)
+    if not rungs:
+        return f"{owner_words(candidate.profile)}, and the plan's smallest rank {plan.ranks.ladder[0]} is more than that"
+    return configured(plan.ranks).obstacle(plan, candidate, rungs)
+
+
+def choose(plan: Plan, candidate: Candidate, population: Population) -> RankView:
+    """The candidate's rank in the next round, and why. Raises PolicyRefusal where `fits` gives a reason against it."""
+    obstacle = fits(plan, candidate)
+    if obstacle is not None:
+        raise errors.PolicyRefusal(obstacle)
+    return configured(plan.ranks).choose(plan, candidate, population, allowed(plan, candidate.profile))
+
+
+# --- what every policy obeys -------------------------------------------------------------------------------------------
+
+
+def layout(plan: Plan) -> Layout:
+    """The plan's layout. Raises InvalidPlan if the plan was never resolved."""
+    if plan.layout is None:
+        raise errors.InvalidPlan(f"plan {plan.name!r} has no layout; resolve it first")
+    return plan.layout
+
+
+def slice_bytes(plan: Plan, rank: int) -> int:
+    """About how long a slice's file is, rather too long than too short; down and up are the same.
+
+    Computed from counts and not from a header that is written out: a large fleet asks for it many times a round.
+    """
+    shapes = layout(plan)
+    header = sum(2 * (len(name) + ENTRY_BYTES) for name in shapes.modules) + sum(len(name) + ENTRY_BYTES for name in shapes.full)
+    return plan.wire.size * shapes.numbers(rank) + header
+
+
+def allowed(plan: Plan, profile: Profile) -> list[int]:
+    """The rungs of the ladder within the owner's limits on the rank and on a job's bytes (one slice down, one up)."""
+    largest, most = profile.limits.largest_rank, profile.limits.max_bytes
+    rungs = plan.ranks.ladder if largest is None else [r for r in plan.ranks.ladder if r <= largest]
+    return [r for r in rungs if most is None or 2 * slice_bytes(plan, r) + HEADER_SLACK <= most]
+
+
+def owner_words(profile: Profile) -> str:
+    """What the device's owner allows, as the beginning of a sentence."""
+    largest, most = profile.limits.largest_rank, profile.limits.max_bytes
+    parts = [] if largest is None else [f"rank {largest}"]
+    parts += [] if most is None else [f"{most:,} bytes a job"]
+    return f"the device's owner allows at most {' and '.join(parts)}"

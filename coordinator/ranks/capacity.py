@@ -1,0 +1,208 @@
+"""The largest rank that a client's memory, link, time and data carry.
+
+With P parameters, L layers, width H and vocabulary V of the base, T = max_length tokens a row, B rows a forward pass,
+N(r) = layout.numbers(r) numbers in a slice of rank r, and examples n, each consideration compares a need with a budget:
+
+memory, bytes      4 P  weights (2 P where the plan asks for a half precision)
+                   + 4·17 B T L H  activations kept for the backward pass (2·17 … in half precision; 34 s b h bytes a layer in
+                     16 bits, of Korthikanti et al. 2022, eq. 2, without attention scores, which block-wise attention does
+                     not keep) + 8 B T V for a language model's logits and their gradient + 4 B T r for each adapted module
+                   + 16 N(r)  trained numbers, gradient, and both moments of AdamW, in float32
+                   ≤ memory_share · memory_bytes
+link, seconds      S(r) / down + S(r) / up, with S(r) the bytes of a slice on the wire   ≤ link_share · times.job
+time, seconds      steps(n) · F(r) / training_flops, where a step of B · accumulate rows costs
+                   F(r) = B · accumulate · T · (4 P' + 6 N(r)) operations: the frozen base forward (2) and backward to
+                   its inputs only (2), the adapter also to its weights (2 + 2 + 2); P' = P without the embedding table
+                   where a classifier only looks it up                                   ≤ time_share · times.job
+data               f(r) / n ≤ f(r_top) / ñ with f(r) = Σ r (n_out + n_in − r), the degrees of freedom of an update of rank r,
+                   r_top the ladder's largest rank and ñ the lower median of the eligible clients' examples
+
+Why this rule for data: estimating a rank-r matrix from n examples has an error in proportion to f(r) / n (Candès & Plan
+2011), so nobody fits more noise per example than the typical client does at the largest rank. The median, not the mean:
+one very large client must not push all others down the ladder.
+
+What an accepted job of this run cost replaces the estimates. With m its rank: memory is its peak plus the difference of the
+rank's own terms; a step takes its median times F(r) / F(m); the link has the speeds that were reached. Such a job also proves
+that the client can take part, so no estimate makes it drop out afterwards.
+
+Monotone: more memory, speed or link never lowers a rank. More examples raise what the data carry, and also the steps of
+a job: where time binds they can lower the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from coordinator.ranks import Candidate, Policy, Population, layout, owner_words, slice_bytes
+from protocol.messages import RankView
+from protocol.plan import CausalLM, Plan, Share
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One consideration: what each rank needs of something of which so much is there."""
+
+    name: str
+    need: Callable[[int], float]  # rises with the rank
+    budget: float  # in the same unit; infinite where it sets no limit
+    words: str  # the sentence for the largest rank that fits, with a place for {rank}
+    show: Callable[[float], str]
+
+    def largest(self, rungs: Sequence[int], spare: float = 0.0) -> int | None:
+        """The largest rung that fits with that share to spare; None if none does."""
+        return max((r for r in rungs if self.need(r) * (1 + spare) <= self.budget), default=None)
+
+
+class Capacity(Policy):
+    """Give every client the largest rank that its memory, link, time and data carry.
+
+    A rank falls at once when it no longer fits, and rises only where the higher one fits with head-room.
+    """
+
+    memory_share: Share = Field(default=0.8, description="share of the client's memory that a job may fill")
+    link_share: Share = Field(default=0.25, description="share of the job's time that slices may take on the link")
+    time_share: Share = Field(default=0.75, description="share of the job's time that training may take")
+    head_room: float = Field(default=0.25, ge=0, le=10, description="what must be to spare before a rank rises: 0.25 is 25 %")
+
+    @model_validator(mode="after")
+    def _one_job(self) -> Self:
+        if self.link_share + self.time_share > 1:
+            raise ValueError(f"link and training share a job's time; {self.link_share:g} and {self.time_share:g} are more than all of it")
+        return self
+
+    def obstacle(self, plan: Plan, candidate: Candidate, rungs: Sequence[int]) -> str | None:
+        """What not even the smallest rung fits, unless an accepted job of this run has shown that it does."""
+        if candidate.measured is not None:
+            return None
+        for demand in self._machine(plan, candidate):
+            if demand.largest(rungs) is None:
+                need, budget = demand.show(demand.need(rungs[0])), demand.show(demand.budget)
+                return f"not even rank {rungs[0]} fits the client's {demand.name}: it needs {need}, and {budget} may be used"
+        return None
+
+    def choose(self, plan: Plan, candidate: Candidate, population: Population, rungs: Sequence[int]) -> RankView:
+        """The largest rung that fits every consideration; above the previous rank only with head-room.
+
+        Examples need no head-room: they are counted, and where all have as many, nobody has more than the typical client.
+        """
+        machine, data = self._machine(plan, candidate), _data(plan, candidate, population)
+        demands = [*machine, data]
+        limits = {d.name: None if math.isinf(d.budget) else d.largest(rungs) or rungs[0] for d in demands}
+        fitting = rank = _least(demands, rungs)
+        previous = candidate.previous
+        if previous in rungs and previous is not None and previous < fitting:
+            rank = max(previous, min(_least(machine, rungs, self.head_room), fitting))
+        owned = rungs[-1] if rungs[-1] < plan.ranks.ladder[-1] else None
+        if rank < fitting:
+            tight = " and ".join(d.name for d in machine if (d.largest(rungs, self.head_room) or 0) <= rank)
+            why = f"rank {fitting} would fit, but with less than {_percent(self.head_room)} to spare on {tight}: too little to rise so far"
+        elif binding := [d.words for d in demands if limits[d.name] == rank and rank < rungs[-1]]:
+            why = " and ".join(words.format(rank=rank) for words in binding)
+        elif owned is not None:
+            why = owner_words(candidate.profile)
+        else:
+            why = "the ladder's largest rank fits the client's memory, link, time and data"
+        return RankView(rank=rank, reason=f"{rank}: {why}", limits={"owner": owned, **limits})
+
+    def _machine(self, plan: Plan, candidate: Candidate) -> list[Demand]:
+        return [
+            _memory(plan, candidate, self.memory_share),
+            _link(plan, candidate, self.link_share),
+            _time(plan, candidate, self.time_share),
+        ]
+
+
+def _least(demands: Sequence[Demand], rungs: Sequence[int], spare: float = 0.0) -> int:
+    return min(d.largest(rungs, spare) or rungs[0] for d in demands)
+
+
+def _memory(plan: Plan, candidate: Candidate, share: float) -> Demand:
+    base, rows = layout(plan).base, plan.training.batch_size * plan.task.max_length
+    width = 2 if plan.training.precision in ("bfloat16", "float16") else 4
+    logits = 8 * rows * base.vocabulary if isinstance(plan.task, CausalLM) else 0
+    fixed = width * base.parameters + width * 17 * rows * base.layers * base.hidden + logits
+
+    def own(rank: int) -> int:
+        """The part that grows with the rank."""
+        return 16 * layout(plan).numbers(rank) + 4 * rows * rank * len(layout(plan).modules)
+
+    measured, total = candidate.measured, candidate.profile.memory_bytes
+    peak = measured.usage.peak_memory_bytes if measured else None
+    if measured and peak:
+        start, source = peak - own(measured.rank), f"{_bytes(peak)} measured at rank {measured.rank}"
+    else:
+        start, source = fixed, "estimated"
+    words = f"the memory ({_bytes(share * total)} of {_bytes(total)} usable, {source}) holds at most rank {{rank}}"
+    return Demand("memory", lambda rank: start + own(rank), share * total, words, _bytes)
+
+
+def _link(plan: Plan, candidate: Candidate, share: float) -> Demand:
+    profile, usage = candidate.profile, candidate.measured.usage if candidate.measured else None
+    down, up = profile.down_bytes_per_second, profile.up_bytes_per_second
+    if usage and usage.download_bytes and usage.download_seconds:
+        down = usage.download_bytes / usage.download_seconds
+    if usage and usage.upload_bytes and usage.upload_seconds:
+        up = usage.upload_bytes / usage.upload_seconds
+    seconds_per_byte = sum(1 / speed for speed in (down, up) if speed)
+    speeds = ", ".join(f"{_bytes(speed)}/s {way}" for speed, way in ((down, "down"), (up, "up")) if speed)
+    words = f"the link ({speeds}) carries at most rank {{rank}} in {_percent(share)} of the job's time"
+    budget = share * plan.times.job if speeds else math.inf
+    return Demand("link", lambda rank: seconds_per_byte * slice_bytes(plan, rank), budget, words, _seconds)
+
+
+def _time(plan: Plan, candidate: Candidate, share: float) -> Demand:
+    training, task, base = plan.training, plan.task, layout(plan).base
+    used = base.parameters if isinstance(task, CausalLM) else max(0, base.parameters - base.vocabulary * base.hidden)
+
+    def operations(rank: int) -> float:
+        """Floating-point operations of one optimiser step."""
+        return training.batch_size * training.accumulate * task.max_length * (4 * used + 6 * layout(plan).numbers(rank))
+
+    steps = training.steps(_examples(plan, candidate))
+    measured = candidate.measured
+    step = measured.usage.step_seconds if measured else None
+    if measured and step:
+        pace, source = step / operations(measured.rank), f"of {_seconds(step)} measured at rank {measured.rank}"
+    else:
+        pace, source = 1 / candidate.profile.training_flops, "estimated"
+    words = f"the machine's speed ({steps} steps {source}) allows at most rank {{rank}} in {_percent(share)} of the job's time"
+    return Demand("time", lambda rank: steps * pace * operations(rank), share * plan.times.job, words, _seconds)
+
+
+def _data(plan: Plan, candidate: Candidate, population: Population) -> Demand:
+    def freedom(rank: int) -> int:
+        """Degrees of freedom of an update of that rank, over all modules."""
+        return sum(rank * (n_out + n_in - rank) for n_out, n_in in layout(plan).modules.values())
+
+    mine = _examples(plan, candidate)
+    typical = median_low(population.examples) if population.examples else 0
+    words = f"its {mine:,} examples (the typical client has {typical:,}) support at most rank {{rank}}"
+    budget = mine * freedom(plan.ranks.ladder[-1]) if typical else math.inf
+    return Demand("data", lambda rank: typical * freedom(rank), budget, words, lambda amount: f"{amount:.3g}")
+
+
+def _examples(plan: Plan, candidate: Candidate) -> int:
+    dataset = candidate.profile.datasets.get(plan.data)
+    return dataset.train if dataset else 0
+
+
+def _bytes(amount: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if amount < 999.5 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:.3g} {unit}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _seconds(amount: float) -> str:
+    return f"{amount:.3g} s"
