@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
 from coordinator.ranks import Candidate, Measured
 from protocol.messages import Dataset, Limits, Profile, Usage
 from protocol.plan import Adapter, BaseFacts, Cohort, Layout, Model, Plan, Ranks, SequenceClassification, Times, Training
@@ -9,7 +13,9 @@ from protocol.plan import Adapter, BaseFacts, Cohort, Layout, Model, Plan, Ranks
 LAYOUT = Layout(modules={"one": (64, 64), "two": (64, 64)}, base=BaseFacts(parameters=1_000_000, layers=2, hidden=64, vocabulary=1_000))
 
 
-def make_plan(name: str = "capacity", ladder: tuple[int, ...] = (2, 4, 8, 16), job: float = 100.0, **options: object) -> Plan:
+def make_plan(
+    name: str = "capacity", ladder: tuple[int, ...] = (2, 4, 8, 16), options: Mapping[str, JsonValue] | None = None, *, job: float = 100.0
+) -> Plan:
     """A resolved plan; a job of 100 s, one pass over the rows in steps of eight rows of 16 tokens."""
     return Plan.model_validate(
         {
@@ -20,7 +26,7 @@ def make_plan(name: str = "capacity", ladder: tuple[int, ...] = (2, 4, 8, 16), j
             "adapter": Adapter(modules=["one", "two"]),
             "layout": LAYOUT,
             "training": Training(learning_rate=1e-3, batch_size=8),
-            "ranks": Ranks(name=name, ladder=list(ladder), options=options),  # type: ignore[arg-type]
+            "ranks": Ranks(name=name, ladder=list(ladder), options=options or {}),
             "cohort": Cohort(target=1, quorum=1),
             "times": Times(lease=1, job=job, round=2 * job),
             "rounds": 1,

@@ -37,13 +37,13 @@ def test_a_client_that_can_do_everything_gets_the_largest_rank() -> None:
 def test_memory_holds_base_activations_and_optimiser_state() -> None:
     # 4·10⁶ + 4·17·128·2·64 = 5,114,112; and for each rank 16·256 of training state and 4·128·2 of activations: 5,120
     needed = 5_114_112 + 8 * 5_120
-    plan = make_plan(memory_share=0.5)
+    plan = make_plan(options={"memory_share": 0.5})
     assert choose(make_candidate(memory=2 * needed), plan).limits["memory"] == 8
     assert choose(make_candidate(memory=2 * needed - 2), plan).limits["memory"] == 4
 
 
 def test_a_language_models_logits_count_and_half_precision_halves_the_base() -> None:
-    plan = make_plan(memory_share=1.0)
+    plan = make_plan(options={"memory_share": 1.0})
     causal = plan.model_copy(update={"task": CausalLM(max_length=16)})
     half = plan.model_copy(update={"training": plan.training.model_copy(update={"precision": "bfloat16"})})
     state, half_base, logits = 16 * 5_120, 5_114_112 // 2, 8 * 128 * 1_000
@@ -55,7 +55,7 @@ def test_a_language_models_logits_count_and_half_precision_halves_the_base() -> 
 def test_the_measured_peak_replaces_the_estimate() -> None:
     measured = make_measured(2, peak_memory_bytes=60_000_000)
     budget = 60_000_000 + 2 * 5_120  # rank 4 trains two ranks more than were measured
-    view = choose(make_candidate(memory=budget, measured=measured), make_plan(memory_share=1.0))
+    view = choose(make_candidate(memory=budget, measured=measured), make_plan(options={"memory_share": 1.0}))
     assert view.limits["memory"] == 4
     assert view.reason == "4: the memory (60 MB of 60 MB usable, 60 MB measured at rank 2) holds at most rank 4"
 
@@ -153,7 +153,7 @@ def test_an_accepted_job_proves_that_the_smallest_rank_fits() -> None:
 
 def test_link_and_training_cannot_both_have_the_whole_job() -> None:
     with pytest.raises(errors.InvalidPlan, match="share a job's time"):
-        ranks.check(make_plan(link_share=0.5, time_share=0.6).ranks)
+        ranks.check(make_plan(options={"link_share": 0.5, "time_share": 0.6}).ranks)
 
 
 def test_a_plan_without_layout_must_be_resolved_first() -> None:
