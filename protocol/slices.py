@@ -107,7 +107,7 @@ def largest_length(layout: Layout, rank: int, dtype: Dtype) -> int:
 
 def numbers(tensor: Tensor, dtype: Dtype) -> bytes:
     """A tensor's numbers as they travel: row-major, little-endian."""
-    return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def tensors(slice: Slice, layout: Layout) -> Iterator[Tensor]:

@@ -1,0 +1,48 @@
+"""Where merge tasks run: an executor is a URL.
+
+    threads://N       N threads of this process        processes://N       N processes of their own
+
+Without N there are as many as cores. Every worker gives torch one thread: more threads per task are slower than more
+tasks, and with one a result repeats bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from urllib.parse import urlsplit
+
+import torch
+
+from protocol import errors
+
+LARGEST = 1024  # workers of one machine; more is a slip of the keyboard
+
+
+def open_executor(url: str) -> Executor:
+    """The executor at a URL; shut it down when done. Raises InvalidRequest for a URL that names none."""
+    parts = urlsplit(url)
+    text = parts.netloc or str(os.cpu_count() or 1)
+    workers = int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0
+    if parts.scheme not in _KINDS or parts.path or not 1 <= workers <= LARGEST:
+        kinds = " or ".join(f"{kind}://N" for kind in _KINDS)
+        raise errors.InvalidRequest(f"an executor is {kinds} with N from 1 to {LARGEST}; {url!r} came")
+    return _KINDS[parts.scheme](workers)
+
+
+def _threads(workers: int) -> Executor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=_one_thread)
+
+
+def _processes(workers: int) -> Executor:
+    # Spawned: a process forked after torch has run hangs.
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+_KINDS: Mapping[str, Callable[[int], Executor]] = {"threads": _threads, "processes": _processes}

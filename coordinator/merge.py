@@ -1,0 +1,168 @@
+"""From a round's contributions to the next global adapter and its slices, one task per module.
+
+Keys travel, tensors do not: a task is names, digests and numbers, and its worker reads the byte ranges that it needs.
+What comes out depends on the contents that went in and on nothing else: not on their order, the executor, or the number of
+workers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import astuple, dataclass, replace
+
+import torch
+
+from coordinator import aggregation
+from coordinator.aggregation import Contribution, Given, ModuleRound
+from coordinator.assembly import Assembly, Merged, Piece, layout_of, module_piece, tensor_piece
+from coordinator.blobs import Blobs
+from coordinator.initial import first_adapter
+from coordinator.lowrank import truncate
+from coordinator.reading import SliceReader, StoredFactors, open_slice
+from protocol import errors
+from protocol.checks import check_finite
+from protocol.messages import Energy
+from protocol.plan import Plan
+
+__all__ = ["Input", "Merged", "ModuleTask", "RoundTask", "first_adapter", "merge_module", "merge_round", "merge_tensor"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One accepted contribution: its blob, its label, and how much it counts."""
+
+    digest: str
+    rank: int
+    scale: float
+    weight: float  # ≥ 0, in any unit: shares are formed here
+    shrink: float  # γ in (0, 1]: the share of the change that counts
+    base: str  # digest of the slice that it started from
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """One round to be merged."""
+
+    store: str  # URL of the blobs
+    plan: Plan  # resolved
+    round: int  # the round that is published
+    previous: str  # digest of the global adapter before it
+    inputs: tuple[Input, ...]
+
+
+@dataclass(frozen=True)
+class ModuleTask:
+    """One module, or one fully trained tensor, of a round."""
+
+    round: RoundTask  # its plan without the layout, its inputs in order, their weights summing to one
+    name: str
+    shape: tuple[int, ...]
+
+
+def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
+    """Merge a round and keep what it publishes. Repeating it keeps the same bytes.
+
+    Raises NoContributions, ZeroWeight or UnmergeableRound for inputs that make no mean; NotFound for a missing blob; and
+    what reading a damaged slice raises.
+    """
+    layout = layout_of(task.plan)
+    ready = replace(task, plan=task.plan.model_copy(update={"layout": None}), inputs=_shares(task.inputs))
+    calls: list[_Call] = [(merge_module, ModuleTask(ready, name, shape)) for name, shape in layout.modules.items()]
+    calls += [(merge_tensor, ModuleTask(ready, name, shape)) for name, shape in layout.full.items()]
+    with Assembly(task.plan, task.round) as assembly:
+        for (_, part), piece in zip(calls, _in_order(executor, calls), strict=True):
+            assembly.add(part.name, piece)
+        return assembly.publish(blobs)
+
+
+def merge_module(task: ModuleTask) -> Piece:
+    """One module's next factors, at the cap and cut to every rung."""
+    plan, round = task.round.plan, task.round.round
+    n_out, n_in = task.shape
+    blobs = Blobs.open(task.round.store)
+    state = ModuleRound(
+        shape=(n_out, n_in),
+        round=round,
+        adapter=StoredFactors(open_slice(blobs, task.round.previous), task.name),
+        contributions=tuple(_contribution(blobs, input, task.name) for input in task.round.inputs),
+    )
+    found = truncate(aggregation.check(plan.strategy).combine(state), plan.global_rank)
+    kept = {rank: found.kept(rank) for rank in sorted({*plan.ranks.ladder, plan.global_rank})}
+    energy = Energy(total=found.total, kept=kept, stacked_rank=found.stacked_rank)
+    return module_piece(plan, round, task.name, found.padded(plan.global_rank), energy)
+
+
+def merge_tensor(task: ModuleTask) -> Piece:
+    """One fully trained tensor's weighted mean, Σ p (γ t + (1 − γ) t₀), summed in float64."""
+    blobs = Blobs.open(task.round.store)
+    mean = torch.zeros(task.shape, dtype=torch.float64)
+    for input in task.round.inputs:
+        trained = _opened(blobs, input).full(task.name)
+        check_finite(f"full/{task.name}", trained)
+        mean.add_(trained.double(), alpha=input.weight * input.shrink)
+        if input.shrink < 1:
+            mean.add_(open_slice(blobs, input.base).full(task.name).double(), alpha=input.weight * (1 - input.shrink))
+    return tensor_piece(task.round.plan, mean)
+
+
+def _contribution(blobs: Blobs, input: Input, module: str) -> Contribution:
+    base = open_slice(blobs, input.base)
+    return Contribution(
+        factors=StoredFactors(_opened(blobs, input), module),
+        scale=input.scale,
+        weight=input.weight,
+        shrink=input.shrink,
+        given=Given(input.base, StoredFactors(base, module), base.header.label.scale),
+    )
+
+
+def _opened(blobs: Blobs, input: Input) -> SliceReader:
+    reader = open_slice(blobs, input.digest)
+    label = reader.header.label
+    if (label.rank, label.scale) != (input.rank, input.scale):
+        raise errors.MismatchedSlice(
+            f"{input.digest} says rank {label.rank} and scale {label.scale}; {input.rank} and {input.scale} were recorded"
+        )
+    return reader
+
+
+def _shares(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
+    """The inputs in the order of their contents, with weights that sum to one; those without weight left out.
+
+    Floating-point addition is not associative, so the order is part of the result: it must not be that of arrival.
+    """
+    if not inputs:
+        raise errors.NoContributions("a round needs at least one contribution")
+    for input in inputs:
+        if not (math.isfinite(input.weight) and input.weight >= 0 and 0 < input.shrink <= 1):
+            raise errors.UnmergeableRound(
+                f"{input.digest} has weight {input.weight} and shrink {input.shrink}; finite ≥ 0 and in (0, 1] were expected"
+            )
+    ordered = sorted((input for input in inputs if input.weight > 0), key=astuple)
+    total = math.fsum(input.weight for input in ordered)
+    if not total > 0:
+        raise errors.ZeroWeight(f"the weights of {len(inputs)} contributions sum to nothing")
+    return tuple(replace(input, weight=input.weight / total) for input in ordered)
+
+
+_Call = tuple[Callable[[ModuleTask], Piece], ModuleTask]
+
+
+def _in_order(executor: Executor, calls: Iterable[_Call]) -> Iterator[Piece]:
+    """The calls' results in their order, a few ahead of the reader: enough for every core, and no more in memory."""
+    ahead = 2 * (os.cpu_count() or 1)
+    waiting: deque[Future[Piece]] = deque()
+    try:
+        for function, task in calls:
+            waiting.append(executor.submit(function, task))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
