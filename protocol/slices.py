@@ -107,7 +107,8 @@ def largest_length(layout: Layout, rank: int, dtype: Dtype) -> int:
 
 def numbers(tensor: Tensor, dtype: Dtype) -> bytes:
     """A tensor's numbers as they travel: row-major, little-endian."""
-    return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    bits = torch.int32 if dtype.size == 4 else torch.int16  # numpy knows no bfloat16
+    return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).view(bits).numpy().tobytes()
 
 
 def tensors(slice: Slice, layout: Layout) -> Iterator[Tensor]:
