@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from protocol import errors
 from protocol.checks import check_finite
 from protocol.slices import Factors, Header, decode, read_header
 
+LARGEST_HEADER = 32 << 20  # bytes; the largest layout that a plan can have needs less
 Read = Callable[[int, int], bytes]  # bytes start … stop − 1
 
 
@@ -61,11 +64,17 @@ def open_slice(blobs: Blobs, digest: str) -> SliceReader:
     return SliceReader(_header(blobs.url, digest), partial(blobs.read_range, digest))
 
 
-def open_slice_file(path: Path, largest_header: int) -> SliceReader:
-    """A slice in a file that nobody has checked. Raises MalformedSlice, also for a header of more bytes than that."""
-    length = path.stat().st_size
-    read = partial(_read_file, path)
-    return SliceReader(read_header(read(0, min(length, largest_header)), length), read)
+@contextmanager
+def open_file(path: Path, largest_header: int = LARGEST_HEADER) -> Iterator[SliceReader]:
+    """A slice in a file that nobody has checked, while the block lasts.
+
+    Raises MalformedSlice, also for a header of more bytes than that: give what an honest one can have.
+    """
+    with path.open("rb") as file:
+        length = path.stat().st_size
+        header = read_header(file.read(min(length, largest_header)), length)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            yield SliceReader(header, lambda start, stop: view[start:stop])
 
 
 # A worker merges module after module of the same contributions; their tables of contents are read once.
@@ -75,9 +84,3 @@ def _header(url: str, digest: str) -> Header:
     length = blobs.size(digest)
     size = int.from_bytes(blobs.read_range(digest, 0, min(8, length)), "little")
     return read_header(blobs.read_range(digest, 0, min(8 + size, length)), length)
-
-
-def _read_file(path: Path, start: int, stop: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(stop - start)
