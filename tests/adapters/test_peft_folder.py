@@ -196,7 +196,7 @@ def test_a_head_of_several_layers_is_named_once_and_one_beside_adapted_modules_b
 def test_the_model_card_says_what_made_the_adapter_and_the_hub_can_read_it(classifier: Plan) -> None:
     text = make_files(classifier, 4)["README.md"].decode()
     matter = ModelCard(text).data
-    assert (matter.base_model, matter.library_name) == (classifier.model.id, "peft")
+    assert (matter.get("base_model"), matter.get("library_name")) == (classifier.model.id, "peft")
     for fact in (
         "# letters, round 7, rank 4",
         "| accuracy | 0.8125 |",
