@@ -19,6 +19,7 @@ from coordinator.blobs import Blobs
 from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
 from protocol import errors
+from protocol.checks import check_finite
 from protocol.messages import BlobRef, Energy
 from protocol.plan import Dtype, Layout, Plan
 from protocol.slices import TORCH_DTYPES, Factors, Label, head, numbers
@@ -50,21 +51,27 @@ def layout_of(plan: Plan) -> Layout:
 
 
 def module_piece(plan: Plan, round: int, module: str, adapter: Factors, energy: Energy) -> Piece:
-    """One module of the adapter, and its cut at every rung. adapter: b = U√S (n_out, k), a = √S Vᵀ (k, n_in), float32."""
+    """One module of the adapter, and its cut at every rung.
+
+    adapter: b = U√S (n_out, k), a = √S Vᵀ (k, n_in), float32. Raises NonFiniteSlice where the wire's dtype cannot hold it.
+    """
     whole = pad(adapter, plan.global_rank)
     fresh = fresh_rows(plan.global_rank, whole.a.shape[1], seed=plan.seed, round=round, module=module)
     dtype = TORCH_DTYPES[plan.wire]
     slices: dict[int, bytes] = {}
     for rank in plan.ranks.ladder:
         part = cut(whole, rank, plan.adapter.scale(rank), plan.adapter.split, fresh, dtype)
+        check_finite(f"factors/{module}/b", part.b)
+        check_finite(f"factors/{module}/a", part.a)
         slices[rank] = numbers(part.a, plan.wire) + numbers(part.b, plan.wire)
     return Piece(numbers(whole.a, Dtype.float32) + numbers(whole.b, Dtype.float32), slices, energy)
 
 
-def tensor_piece(plan: Plan, tensor: Tensor) -> Piece:
-    """One fully trained tensor, the same in every slice."""
-    travelling = numbers(tensor, plan.wire)
-    return Piece(numbers(tensor, Dtype.float32), dict.fromkeys(plan.ranks.ladder, travelling))
+def tensor_piece(plan: Plan, name: str, tensor: Tensor) -> Piece:
+    """One fully trained tensor, the same in every slice. Raises NonFiniteSlice where the wire's dtype cannot hold it."""
+    travelling = tensor.to(TORCH_DTYPES[plan.wire])
+    check_finite(f"full/{name}", travelling)
+    return Piece(numbers(tensor, Dtype.float32), dict.fromkeys(plan.ranks.ladder, numbers(travelling, plan.wire)))
 
 
 class Assembly:

@@ -10,21 +10,17 @@ is writing it once; the second time still renews its age, so that a sweep does n
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol, Self
-from urllib.parse import unquote, urlsplit
+from typing import Self
 
-import obstore
 from obstore.exceptions import BaseError
-from obstore.store import MemoryStore, ObjectStore, S3Store
 
+from coordinator.stores import Store, open_store
 from protocol import errors
 from protocol.messages import BlobRef
 
@@ -42,17 +38,6 @@ class StoredBlob:
     modified: datetime
 
 
-class Store(Protocol):
-    """What a store must do; keys are `sha256/<64 hex>`, an unknown one is a FileNotFoundError."""
-
-    def write(self, key: str, chunks: Iterable[bytes]) -> None: ...
-    def read(self, key: str, start: int, stop: int) -> bytes: ...
-    def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]: ...
-    def size(self, key: str) -> int: ...
-    def delete(self, key: str) -> None: ...
-    def entries(self) -> Iterator[tuple[str, int, datetime]]: ...
-
-
 class Blobs:
     """Put and read blobs. Safe to share among threads; pickled as its URL."""
 
@@ -63,7 +48,7 @@ class Blobs:
     @classmethod
     def open(cls, url: str) -> Self:
         """The store at a URL; a folder that is not there is made. Raises InvalidRequest for any other kind of URL."""
-        return cls(url, _open(url))
+        return cls(url, open_store(url))
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self).open, (self.url,)
@@ -72,14 +57,14 @@ class Blobs:
         """Keep some bytes."""
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
         with _translated(digest):
-            self._store.write(_key(digest), [data])
+            self._store.write(_key(digest), data)
         return BlobRef(digest=digest, bytes=len(data))
 
     def put_file(self, path: Path, digest: str | None = None) -> BlobRef:
         """Keep a file's bytes, a chunk in memory at a time. The digest is trusted where the caller has computed it."""
         digest = digest or file_digest(path)
         with _translated(digest):
-            self._store.write(_key(digest), _file_chunks(path, 0, None, CHUNK))
+            self._store.write(_key(digest), path)
         return BlobRef(digest=digest, bytes=path.stat().st_size)
 
     def read(self, digest: str) -> bytes:
@@ -151,114 +136,4 @@ def _translated(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise errors.NotFound(f"there is no blob {what}", digest=what) from None
     except (OSError, BaseError) as error:
-        raise errors.Unavailable(f"the blob store failed over {what}: {str(error).splitlines()[0]}") from error
-
-
-def _open(url: str) -> Store:
-    parts = urlsplit(url)
-    match parts.scheme:
-        case "file" if not parts.netloc and parts.path.startswith("/"):
-            return _Folder(Path(unquote(parts.path)))
-        case "memory" if parts.netloc and not parts.path:
-            # One store per name: whoever opens the URL again in this process finds what was put.
-            return _Remote(_memories.setdefault(parts.netloc, MemoryStore()))
-        case "s3" if parts.netloc:
-            return _Remote(S3Store.from_url(url))
-    raise errors.InvalidRequest(f"blobs are kept at file:///FOLDER, s3://BUCKET/PREFIX or memory://NAME; {url!r} came")
-
-
-_memories: dict[str, MemoryStore] = {}
-
-
-class _Folder:
-    """A folder, written without obstore: its local store never fsyncs, and a blob must outlive a power cut."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._staging = root / "staging"
-        for folder in (root / "sha256", self._staging):
-            folder.mkdir(parents=True, exist_ok=True)
-        _sync(root)
-
-    def write(self, key: str, chunks: Iterable[bytes]) -> None:
-        path = self._root / key
-        with suppress(FileNotFoundError):
-            os.utime(path)
-            return
-        handle, name = tempfile.mkstemp(dir=self._staging)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.writelines(chunks)
-                file.flush()
-                os.fsync(file.fileno())
-            # After the fsync: a name that is there stands for bytes that are there, even after a power cut.
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
-
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        with (self._root / key).open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
-
-    def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
-        return _file_chunks(self._root / key, start, stop, size)
-
-    def size(self, key: str) -> int:
-        return (self._root / key).stat().st_size
-
-    def delete(self, key: str) -> None:
-        (self._root / key).unlink()
-
-    def entries(self) -> Iterator[tuple[str, int, datetime]]:
-        for entry in os.scandir(self._root / "sha256"):
-            with suppress(FileNotFoundError):  # deleted since the folder was read
-                facts = entry.stat()
-                yield f"sha256/{entry.name}", facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
-
-
-class _Remote:
-    """An object store: its own puts are atomic and durable."""
-
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-
-    def write(self, key: str, chunks: Iterable[bytes]) -> None:
-        obstore.put(self._store, key, iter(chunks))
-
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        return obstore.get_range(self._store, key, start=start, end=stop).to_bytes()
-
-    def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
-        for chunk in obstore.get(self._store, key, options={"range": (start, stop)}).stream(min_chunk_size=size):
-            yield bytes(chunk)
-
-    def size(self, key: str) -> int:
-        return obstore.head(self._store, key)["size"]
-
-    def delete(self, key: str) -> None:
-        obstore.delete(self._store, key)
-
-    def entries(self) -> Iterator[tuple[str, int, datetime]]:
-        for page in obstore.list(self._store):
-            for entry in page:
-                yield entry["path"], entry["size"], entry["last_modified"]
-
-
-def _file_chunks(path: Path, start: int, stop: int | None, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        left = path.stat().st_size - start if stop is None else stop - start
-        while left > 0 and (chunk := file.read(min(size, left))):
-            left -= len(chunk)
-            yield chunk
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise errors.Unavailable(f"the blob store failed over {what}: {str(error).partition(chr(10))[0]}") from error

@@ -9,10 +9,10 @@ tasks, and with one a result repeats bit for bit.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
-from urllib.parse import urlsplit
 
 import torch
 
@@ -23,13 +23,12 @@ LARGEST = 1024  # workers of one machine; more is a slip of the keyboard
 
 def open_executor(url: str) -> Executor:
     """The executor at a URL; shut it down when done. Raises InvalidRequest for a URL that names none."""
-    parts = urlsplit(url)
-    text = parts.netloc or str(os.cpu_count() or 1)
-    workers = int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0
-    if parts.scheme not in _KINDS or parts.path or not 1 <= workers <= LARGEST:
+    kind, _, text = url.partition("://")
+    workers = int(text) if re.fullmatch("[0-9]{1,4}", text) else 0 if text else os.cpu_count() or 1
+    if kind not in _KINDS or not 1 <= workers <= LARGEST:
         kinds = " or ".join(f"{kind}://N" for kind in _KINDS)
         raise errors.InvalidRequest(f"an executor is {kinds} with N from 1 to {LARGEST}; {url!r} came")
-    return _KINDS[parts.scheme](workers)
+    return _KINDS[kind](workers)
 
 
 def _threads(workers: int) -> Executor:

@@ -24,5 +24,5 @@ def first_adapter(plan: Plan, blobs: Blobs) -> Merged:
             nothing = Factors(b=torch.zeros(n_out, 0), a=torch.zeros(0, n_in))
             assembly.add(module, module_piece(plan, 0, module, nothing, energy))
         for name, shape in layout.full.items():
-            assembly.add(name, tensor_piece(plan, fresh_tensor(name, shape, seed=plan.seed)))
+            assembly.add(name, tensor_piece(plan, name, fresh_tensor(name, shape, seed=plan.seed)))
         return assembly.publish(blobs)

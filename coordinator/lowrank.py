@@ -1,18 +1,18 @@
-"""The algebra that strategies share: weighted sums of factored updates, their best approximation of a rank, its cut.
+"""The algebra that strategies share: a sum's best approximation of a rank, and its cut into slices.
 
-A sum W = Σ b diag(w) a is kept as factors. While the ranks of its terms add up to less than the matrix's smaller side,
-W itself is never formed; all that is decided is decided on Gram matrices of the stacked factors, in float64.
+While the ranks of a sum's terms add up to less than the matrix's smaller side, the matrix is never formed; all that is
+decided is decided on Gram matrices of the stacked factors, in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from coordinator.sums import Sum
 from protocol import errors
 from protocol.plan import Split
 from protocol.slices import Factors
@@ -20,49 +20,6 @@ from protocol.slices import Factors
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK = 256  # columns of the stack that are widened to float64 at a time
 BLOCK = 512  # directions that are folded into a dense sum at a time
-
-
-class Stored(Protocol):
-    """A pair of factors that lies somewhere: its rank is known, its numbers are read when they are needed."""
-
-    @property
-    def rank(self) -> int: ...
-    def load(self) -> Factors: ...
-
-
-@dataclass(frozen=True)
-class Term:
-    """One weighted update b diag(w) a; a single weight is every direction's."""
-
-    factors: Factors | Stored
-    weight: float | Tensor  # (r,), any sign
-
-    def load(self, shape: tuple[int, int]) -> Factors:
-        """The factors' numbers. Raises MismatchedSlice unless b is (n_out, r) and a is (r, n_in)."""
-        found = self.factors if isinstance(self.factors, Factors) else self.factors.load()
-        n_out, n_in = shape
-        if found.b.shape != (n_out, self.factors.rank) or found.a.shape != (self.factors.rank, n_in):
-            raise errors.MismatchedSlice(
-                f"factors of shapes {list(found.b.shape)} and {list(found.a.shape)} cannot update a matrix of {n_out} × {n_in}"
-            )
-        return found
-
-    def weights(self) -> Tensor:
-        """One weight per direction: (r,) float64."""
-        return torch.as_tensor(self.weight, dtype=torch.float64).expand(self.factors.rank)
-
-
-@dataclass(frozen=True)
-class Sum:
-    """W = Σ b diag(w) a, of shape (n_out, n_in)."""
-
-    shape: tuple[int, int]
-    terms: Sequence[Term]
-
-    @property
-    def rank(self) -> int:
-        """The stacked rank: how many directions enter the sum."""
-        return sum(term.factors.rank for term in self.terms)
 
 
 @dataclass(frozen=True)

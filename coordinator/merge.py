@@ -106,7 +106,7 @@ def merge_tensor(task: ModuleTask) -> Piece:
         mean.add_(trained.double(), alpha=input.weight * input.shrink)
         if input.shrink < 1:
             mean.add_(open_slice(blobs, input.base).full(task.name).double(), alpha=input.weight * (1 - input.shrink))
-    return tensor_piece(task.round.plan, mean)
+    return tensor_piece(task.round.plan, task.name, mean)
 
 
 def _contribution(blobs: Blobs, input: Input, module: str) -> Contribution:

@@ -108,6 +108,10 @@ class NotFound(HLoRAError):
     """There is no such thing, or none that this credential may see."""
 
 
+class MethodNotAllowed(HLoRAError):
+    """The path does not take this method."""
+
+
 class Conflict(HLoRAError):
     """The state of the thing does not allow that."""
 
@@ -146,6 +150,10 @@ class OutdatedAgent(HLoRAError):
 
 class TooLarge(HLoRAError):
     """The body is longer than an honest one can be."""
+
+
+class RangeNotSatisfiable(HLoRAError):
+    """The byte range lies outside the blob."""
 
 
 class TruncatedBody(HLoRAError):

@@ -1,0 +1,117 @@
+"""The coordinator's command: `python -m coordinator serve | migrate | token`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from coordinator.settings import Settings
+from protocol import errors
+from protocol.messages import Role
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="address to listen on; HLORA_COORDINATOR_HOST")] = None,
+    port: Annotated[int | None, typer.Option(help="port, 0 for any free one; HLORA_COORDINATOR_PORT")] = None,
+) -> None:
+    """Run the whole coordinator in one process: routes, conductor and merging. Brings the database up to date first."""
+    from coordinator import app as application
+    from coordinator import schema, server
+
+    settings = _settings()
+    chosen: dict[str, object] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = settings.model_copy(update=chosen)
+    _configure_logs(settings)
+    settings.data.mkdir(parents=True, exist_ok=True)
+    schema.migrate(settings.database)
+    parts = application.build(settings)
+    _greet(parts.database.engine.url.render_as_string(), settings)
+    server.serve(application.create_app(parts), settings, before_exit=parts.bell.close)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the newest schema and say its revision."""
+    from coordinator import schema
+
+    settings = _settings()
+    settings.data.mkdir(parents=True, exist_ok=True)
+    typer.echo(schema.migrate(settings.database))
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="whose token it is, for the list of tokens")],
+    role: Annotated[Role, typer.Option(help="admin may do everything, viewer may read")] = Role.admin,
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
+) -> None:
+    """Make an operator's token and print it, this once. Works beside a running coordinator."""
+    from pydantic import ValidationError
+
+    from coordinator import access, schema
+    from coordinator.database import Database
+    from protocol.messages import TokenRequest
+
+    settings = _settings()
+    settings.data.mkdir(parents=True, exist_ok=True)
+    schema.migrate(settings.database)
+    try:
+        request = TokenRequest(name=name, role=role)
+    except ValidationError as error:
+        raise errors.InvalidRequest(f"the name: {error.errors()[0]['msg']}") from None
+    database = Database(settings.database)
+    with database.write() as session:
+        made = access.make_token(session, request, database.clock(session))
+    database.close()
+    typer.echo(json.dumps(made.model_dump(mode="json")) if as_json else made.token)
+
+
+def _settings() -> Settings:
+    from pydantic import ValidationError
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise errors.InvalidRequest(f"HLORA_COORDINATOR_{str(first['loc'][0]).upper()}: {first['msg']}") from None
+
+
+def _configure_logs(settings: Settings) -> None:
+    import structlog
+
+    last = structlog.processors.JSONRenderer() if settings.log_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info if settings.log_json else structlog.processors.StackInfoRenderer(),
+            last,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _greet(database: str, settings: Settings) -> None:
+    import structlog
+
+    structlog.get_logger().info("serving", database=database, blobs=settings.blobs, executor=settings.executor)
+    typer.echo("An operator needs a token: python -m coordinator token NAME", err=True)
+
+
+def main() -> None:
+    """Run the command; a refusal is one line on stderr and exit code 1."""
+    try:
+        app()
+    except errors.HLoRAError as error:
+        typer.echo(f"{error.title()}: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

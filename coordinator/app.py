@@ -1,0 +1,87 @@
+"""The composition root: everything is built here and handed on.
+
+Resources are built when the application is made, not by its lifespan, because an ASGI transport in the same process runs
+no lifespan; the lifespan only starts and stops the conductor's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coordinator import problems
+from coordinator.bell import Bell
+from coordinator.blobs import Blobs
+from coordinator.conductor import Conductor
+from coordinator.context import Context
+from coordinator.database import Clock, Database, database_clock
+from coordinator.executors import open_executor
+from coordinator.routes import agents, fleet, pages, runs
+from coordinator.settings import Settings
+from protocol import VERSION, errors
+
+DESCRIPTION = """Federated LoRA fine-tuning over HTTP. Agents poll for jobs, fetch the slice to start from, and send back
+what they trained; operators make runs and follow their rounds. Every refusal is an RFC 9457 problem."""
+
+
+def build(settings: Settings, clock: Clock = database_clock) -> Context:
+    """The coordinator's parts, connected. Raises InvalidRequest for an executor or store that does not exist."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.database, clock)
+    blobs = Blobs.open(settings.blobs)
+    executor = open_executor(settings.executor)
+    bell = Bell()
+    conductor = Conductor(database, blobs, executor, bell, pace=settings.poll_seconds)
+    return Context(settings=settings, database=database, blobs=blobs, executor=executor, bell=bell, conductor=conductor)
+
+
+def create_app(context: Context) -> FastAPI:
+    """The application over given parts. Its lifespan runs the conductor; without lifespan, whoever built it ticks by hand."""
+    app = FastAPI(title="HLoRA coordinator", version=VERSION, description=DESCRIPTION, lifespan=_conducting)
+    app.state.context = context
+    problems.install(app)
+    for router in (agents.router, runs.reading, runs.changing, fleet.reading, fleet.changing, pages.public, pages.reading):
+        app.include_router(router)
+    app.add_middleware(BodyLimit, limit=context.settings.json_limit_bytes)
+    return app
+
+
+@asynccontextmanager
+async def _conducting(app: FastAPI) -> AsyncIterator[None]:
+    parts: Context = app.state.context
+    stop = threading.Event()
+    thread = threading.Thread(target=parts.conductor.run, args=(stop, parts.settings.tick_seconds), name="conductor")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        parts.bell.close()
+        thread.join()
+        parts.close()
+
+
+class BodyLimit:
+    """No JSON body is read beyond a limit. Slices have their own, which depends on the job."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].endswith("/slice"):
+            return await self._app(scope, receive, send)
+        came = 0
+
+        async def counted() -> Message:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > self._limit:
+                raise errors.TooLarge(f"a JSON body may have {self._limit} bytes", largest=self._limit)
+            return message
+
+        return await self._app(scope, counted, send)

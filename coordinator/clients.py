@@ -1,0 +1,202 @@
+"""Clients: how a machine becomes one, what it can do, whether it is there, and what operators change of it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from sqlalchemy import func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from coordinator import access, events, paging
+from coordinator.tables import Client, Enrolment, Job
+from protocol import errors
+from protocol.messages import (
+    ClientChange,
+    ClientChanged,
+    ClientSelf,
+    ClientState,
+    ClientView,
+    Enrol,
+    Enrolled,
+    EnrolmentMade,
+    EnrolmentRequest,
+    EnrolmentView,
+    JobKind,
+    Page,
+    Profile,
+    RankView,
+)
+
+SEEN_EVERY = timedelta(seconds=5)  # a poll that comes sooner after the last does not write
+
+
+def make_enrolment(session: Session, request: EnrolmentRequest, now: datetime) -> EnrolmentMade:
+    """A new enrolment token; the secret is told only here."""
+    secret = access.new_secret(access.Kind.enrolment)
+    row = Enrolment(
+        id=access.new_id("enrolment"),
+        digest=access.digest(secret),
+        uses_left=request.uses,
+        expires_at=now + timedelta(seconds=request.seconds),
+        revoked=False,
+        labels=request.labels,
+        created_at=now,
+    )
+    session.add(row)
+    return EnrolmentMade(**_enrolment_view(row).model_dump(), token=secret)
+
+
+def list_enrolments(session: Session, cursor: str | None, limit: int) -> Page[EnrolmentView]:
+    """Enrolment tokens, newest first, without their secrets."""
+    return paging.page(session, select(Enrolment), Enrolment.created_at, Enrolment.id, cursor, limit, _enrolment_view)
+
+
+def revoke_enrolment(session: Session, id: str) -> None:
+    """Void an enrolment token; machines that enrolled with it stay. Raises NotFound."""
+    row = session.get(Enrolment, id)
+    if row is None:
+        raise errors.NotFound(f"there is no enrolment {id}")
+    row.revoked = True
+
+
+def enrol(session: Session, enrolment_id: str, request: Enrol, now: datetime) -> Enrolled:
+    """Make a client, and take one use from the enrolment token in the same statement that checks it.
+
+    Raises EnrolmentOver, NameTaken.
+    """
+    usable = (Enrolment.id == enrolment_id, Enrolment.uses_left > 0, Enrolment.expires_at > now, Enrolment.revoked.is_(False))
+    labels = session.scalar(update(Enrolment).where(*usable).values(uses_left=Enrolment.uses_left - 1).returning(Enrolment.labels))
+    if labels is None:
+        raise errors.EnrolmentOver("this enrolment token is expired, used up or revoked; ask an operator for a new one")
+    secret = access.new_secret(access.Kind.client)
+    client = Client(
+        id=access.new_id("client"),
+        name=request.name,
+        digest=access.digest(secret),
+        labels=labels,
+        profile=request.profile.model_dump(mode="json"),
+        profiled_at=now,
+        last_seen=now,
+        enrolled_at=now,
+        enrolment_id=enrolment_id,
+    )
+    session.add(client)
+    try:
+        session.flush()
+    except IntegrityError:
+        raise errors.NameTaken(f"a client named {request.name} exists already; enrol under another name", name=request.name) from None
+    events.record(session, now, "client-enrolled", client=request.name)
+    return Enrolled(id=client.id, credential=secret)
+
+
+def get(session: Session, id: str) -> Client:
+    """A client's row. Raises NotFound."""
+    client = session.get(Client, id)
+    if client is None:
+        raise errors.NotFound(f"there is no client {id}")
+    return client
+
+
+def itself(session: Session, id: str) -> ClientSelf:
+    """What a client may know of itself."""
+    client = get(session, id)
+    return ClientSelf(id=client.id, name=client.name, state=ClientState(client.state), profile=Profile.model_validate(client.profile))
+
+
+def set_profile(session: Session, id: str, profile: Profile, now: datetime) -> ClientSelf:
+    """Replace a client's profile. A device that refused a run is asked again after this."""
+    client = get(session, id)
+    client.profile = profile.model_dump(mode="json")
+    client.profiled_at = client.last_seen = now
+    return itself(session, id)
+
+
+def seen(session: Session, id: str, now: datetime) -> None:
+    """Note that the client is there."""
+    session.execute(update(Client).where(Client.id == id).values(last_seen=now))
+
+
+def available(client: Client, now: datetime, pace: float) -> bool:
+    """Whether it was seen within twice the pace that polls are given, with some seconds for the way."""
+    return (
+        client.state == ClientState.active and client.last_seen is not None and now - client.last_seen <= timedelta(seconds=2 * pace + 10)
+    )
+
+
+def active(session: Session) -> list[Client]:
+    """All clients that may be given work, in the order of their names."""
+    return sorted(session.scalars(select(Client).where(Client.state == ClientState.active)), key=lambda client: client.name)
+
+
+def count_rejection(session: Session, id: str, limit: int, reason: str, now: datetime) -> None:
+    """Count a rejected contribution; after `limit` in a row the client is paused until an operator reinstates it."""
+    client = get(session, id)
+    client.rejections += 1
+    if client.rejections >= limit and client.state == ClientState.active:
+        client.state = ClientState.paused
+        client.reason = f"{client.rejections} contributions in a row were rejected, the last because {reason}"
+        events.record(session, now, "client-paused", client=client.name, reason=client.reason)
+
+
+def clear_rejections(session: Session, id: str) -> None:
+    """A good contribution ends the row of bad ones."""
+    session.execute(update(Client).where(Client.id == id, Client.rejections > 0).values(rejections=0))
+
+
+def change(session: Session, id: str, wanted: ClientChange, now: datetime) -> str | None:
+    """Change labels or state, or rotate the credential; gives the new credential if there is one. Raises NotFound, Conflict."""
+    client = get(session, id)
+    if client.state == ClientState.revoked:
+        raise errors.Conflict(f"client {client.name} is revoked for good; enrol the machine anew")
+    if wanted.labels is not None:
+        client.labels = wanted.labels
+    if wanted.state is not None and wanted.state != client.state:
+        client.state, client.rejections = wanted.state, 0
+        client.reason = None if wanted.state is ClientState.active else "by an operator"
+        events.record(session, now, f"client-{wanted.state}", client=client.name)
+    if not wanted.rotate:
+        return None
+    secret = access.new_secret(access.Kind.client)
+    client.digest = access.digest(secret)
+    return secret
+
+
+def changed(session: Session, id: str, credential: str | None, now: datetime, pace: float) -> ClientChanged:
+    """The answer to a change."""
+    return ClientChanged(client=view(session, get(session, id), now, pace), credential=credential)
+
+
+def list_views(session: Session, cursor: str | None, limit: int, now: datetime, pace: float) -> Page[ClientView]:
+    """Clients, newest first."""
+    return paging.page(
+        session, select(Client), Client.enrolled_at, Client.id, cursor, limit, lambda client: view(session, client, now, pace)
+    )
+
+
+def view(session: Session, client: Client, now: datetime, pace: float) -> ClientView:
+    """A client as operators see it."""
+    newest = select(Job.rank_view).where(Job.client_id == client.id, Job.kind == JobKind.train).order_by(Job.created_at.desc()).limit(1)
+    rank = session.scalar(newest)
+    return ClientView(
+        id=client.id,
+        name=client.name,
+        state=ClientState(client.state),
+        reason=client.reason,
+        labels=client.labels,
+        available=available(client, now, pace),
+        last_seen=client.last_seen,
+        enrolled_at=client.enrolled_at,
+        rejections=client.rejections,
+        rank=None if rank is None else RankView.model_validate(rank),
+        profile=Profile.model_validate(client.profile),
+    )
+
+
+def counts(session: Session) -> dict[str, int]:
+    """How many clients there are by state."""
+    return {row.state: row.total for row in session.execute(select(Client.state, func.count().label("total")).group_by(Client.state))}
+
+
+def _enrolment_view(row: Enrolment) -> EnrolmentView:
+    return EnrolmentView(id=row.id, uses_left=row.uses_left, expires_at=row.expires_at, revoked=row.revoked, labels=row.labels)

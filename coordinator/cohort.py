@@ -1,0 +1,108 @@
+"""Who takes part in a round, at which rank: eligibility, the seeded draw, and the rank policy's choice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from datetime import datetime
+from fnmatch import fnmatchcase
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coordinator import clients, ranks
+from coordinator.tables import Client, Job, Round
+from protocol.messages import JobKind, JobState, Profile, RankView, Usage
+from protocol.plan import Plan, SequenceClassification
+
+
+def eligible(session: Session, run_id: str, plan: Plan, kind: JobKind, now: datetime, pace: float) -> tuple[list[Client], dict[str, str]]:
+    """The clients that can do such a job of this run, by name; and for every other one why not."""
+    refusals = _refusals(session, run_id)
+    able: list[Client] = []
+    reasons: dict[str, str] = {}
+    for client in clients.active(session):
+        reason = _obstacle(client, plan, kind, refusals.get(client.id), now, pace)
+        if reason is None:
+            able.append(client)
+        else:
+            reasons[client.name] = reason
+    return able, reasons
+
+
+def _obstacle(client: Client, plan: Plan, kind: JobKind, refused: tuple[datetime, str] | None, now: datetime, pace: float) -> str | None:
+    if not clients.available(client, now, pace):
+        return "not seen lately"
+    profile = Profile.model_validate(client.profile)
+    dataset = profile.datasets.get(plan.data)
+    if dataset is None:
+        return f"has no data set {plan.data!r}"
+    if (dataset.train if kind is JobKind.train else dataset.held_out) < 1:
+        return f"data set {plan.data!r} has no rows to {kind}"
+    missing = [column for column in _columns(plan) if dataset.columns and column not in dataset.columns]
+    if missing:
+        return f"data set {plan.data!r} lacks column {missing[0]!r}"
+    allowed = profile.limits.models
+    if allowed is not None and not any(fnmatchcase(plan.model.id, pattern) for pattern in allowed):
+        return f"its owner does not allow model {plan.model.id}"
+    if refused is not None and refused[0] >= client.profiled_at:
+        return f"refused: {refused[1]}"
+    return ranks.fits(plan, _candidate(client, profile, None, None))
+
+
+def _columns(plan: Plan) -> list[str]:
+    task = plan.task
+    extra = (task.text_pair, task.label) if isinstance(task, SequenceClassification) else (task.prompt,)
+    return [column for column in (task.text, *extra) if column is not None]
+
+
+def _refusals(session: Session, run_id: str) -> dict[str, tuple[datetime, str]]:
+    """When and why each client last refused a job of the run."""
+    query = (
+        select(Job.client_id, Job.ended_at, Job.reason)
+        .join(Round, Job.round_id == Round.id)
+        .where(Round.run_id == run_id, Job.state == JobState.released, Job.refusal.is_not(None))
+        .order_by(Job.ended_at)
+    )
+    return {client: (at, reason or "") for client, at, reason in session.execute(query) if at is not None}
+
+
+def draw(plan: Plan, round: int, attempt: int, already: int, pool: Sequence[Client], count: int) -> list[Client]:
+    """`count` clients of the pool, which is in the order of names; the same for the same plan, round, attempt and draw."""
+    generator = random.Random(f"{plan.seed}/{round}/{attempt}/{already}")
+    return generator.sample(list(pool), min(count, len(pool)))
+
+
+def assign(session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], able: Sequence[Client]) -> dict[str, RankView]:
+    """The rank of each chosen client, by its id; `able` are the clients among which the policy compares."""
+    population = ranks.Population(examples=tuple(_examples(client, plan) for client in able))
+    views: dict[str, RankView] = {}
+    for client in chosen:
+        previous, measured = _history(session, run_id, client.id)
+        candidate = _candidate(client, Profile.model_validate(client.profile), previous, measured)
+        views[client.id] = ranks.choose(plan, candidate, population)
+    return views
+
+
+def _examples(client: Client, plan: Plan) -> int:
+    dataset = Profile.model_validate(client.profile).datasets.get(plan.data)
+    return dataset.train if dataset else 0
+
+
+def _history(session: Session, run_id: str, client_id: str) -> tuple[int | None, ranks.Measured | None]:
+    """The client's last rank in this run, and what its last accepted training job measured."""
+    query = (
+        select(Job.rank, Job.state, Job.result)
+        .join(Round, Job.round_id == Round.id)
+        .where(Round.run_id == run_id, Job.client_id == client_id, Job.kind == JobKind.train)
+        .order_by(Job.created_at.desc())
+        .limit(20)
+    )
+    rows = session.execute(query).all()
+    accepted = next((row for row in rows if row.state == JobState.accepted and row.result), None)
+    measured = None if accepted is None else ranks.Measured(rank=accepted.rank, usage=Usage.model_validate(accepted.result["usage"]))
+    return (rows[0].rank if rows else None), measured
+
+
+def _candidate(client: Client, profile: Profile, previous: int | None, measured: ranks.Measured | None) -> ranks.Candidate:
+    return ranks.Candidate(name=client.name, labels=client.labels, profile=profile, measured=measured, previous=previous)

@@ -1,0 +1,29 @@
+"""What a request may need, built once by the application."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from coordinator.bell import Bell
+from coordinator.blobs import Blobs
+from coordinator.conductor import Conductor
+from coordinator.database import Database
+from coordinator.settings import Settings
+
+
+@dataclass(frozen=True)
+class Context:
+    """The coordinator's parts."""
+
+    settings: Settings
+    database: Database
+    blobs: Blobs
+    executor: Executor
+    bell: Bell
+    conductor: Conductor
+
+    def close(self) -> None:
+        """Let go of workers and connections."""
+        self.executor.shutdown(wait=True, cancel_futures=True)
+        self.database.close()

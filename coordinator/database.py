@@ -1,0 +1,77 @@
+"""Two ways to touch the database: `read()` and `write()`, each one short transaction; and the clock that all share.
+
+On SQLite a writer takes the write lock when it begins (BEGIN IMMEDIATE): a transaction that reads first and writes later
+would otherwise fail, not wait, when another writer came between.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
+
+Clock = Callable[[Session], datetime]
+
+
+def database_clock(session: Session) -> datetime:
+    """The database's own time, so that several coordinators agree."""
+    if session.get_bind().dialect.name == "sqlite":
+        value = session.scalar(text("select strftime('%Y-%m-%d %H:%M:%f', 'now')"))
+        return datetime.fromisoformat(str(value)).replace(tzinfo=UTC)
+    now = session.scalar(text("select clock_timestamp()"))
+    assert isinstance(now, datetime)
+    return now.astimezone(UTC)
+
+
+def open_engine(url: str) -> Engine:
+    """An engine for SQLite (a file, write-ahead log) or PostgreSQL (psycopg 3)."""
+    parsed = make_url(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, pool_pre_ping=True, pool_size=20, max_overflow=20)
+    engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=20, max_overflow=30)
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver shall not begin transactions by itself; _begin_sqlite does
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+
+
+class Database:
+    """Short transactions on one engine."""
+
+    def __init__(self, url: str, clock: Clock = database_clock) -> None:
+        self.engine = open_engine(url)
+        self.clock = clock
+        self._readers = sessionmaker(self.engine, expire_on_commit=False)
+        self._writers = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that changes nothing."""
+        with self._readers() as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that is committed when the block ends, and rolled back when it raises."""
+        with self._writers.begin() as session:
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()

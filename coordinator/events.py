@@ -1,0 +1,46 @@
+"""The log of state changes: one row per change, in the transaction that makes it; operators follow it live."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import structlog
+from pydantic import JsonValue
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from coordinator import tables
+from protocol.messages import Event
+
+log = structlog.get_logger()
+
+
+def record(
+    session: Session,
+    now: datetime,
+    kind: str,
+    *,
+    run: str | None = None,
+    round: int | None = None,
+    client: str | None = None,
+    **facts: JsonValue,
+) -> None:
+    """Note one change of state; it is told to operators once the transaction commits."""
+    session.add(tables.Event(at=now, kind=kind, run_id=run, round=round, client=client, facts=facts))
+    log.info(kind, run=run, round=round, client=client, **facts)
+
+
+def after(session: Session, id: int, run: str | None, limit: int = 500) -> list[Event]:
+    """Events with a larger id, oldest first."""
+    query = select(tables.Event).where(tables.Event.id > id).order_by(tables.Event.id).limit(limit)
+    if run is not None:
+        query = query.where(tables.Event.run_id == run)
+    return [
+        Event(id=row.id, at=row.at, kind=row.kind, run=row.run_id, round=row.round, client=row.client, facts=row.facts)
+        for row in session.scalars(query)
+    ]
+
+
+def newest(session: Session) -> int:
+    """The id of the newest event; 0 if there is none."""
+    return session.scalar(select(func.max(tables.Event.id))) or 0

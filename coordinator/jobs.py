@@ -1,0 +1,254 @@
+"""The life of a job, seen from the client that holds it: taken, renewed, given back, answered.
+
+    queued → leased → submitted → accepted
+       │        ├──→ expired (lease lost)       ──┐ taken up again by the same client,
+       └────────┴──→ released (given back)      ──┘ if nobody replaced it and the round is still open
+                └──→ rejected · cancelled
+
+Every write of a client is one UPDATE that names the job, the client, the lease's epoch and the state it must be in, so
+that no two holders of one job can both succeed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any, cast
+
+from sqlalchemy import CursorResult, select, update
+from sqlalchemy.orm import Session
+
+from coordinator import clients, events
+from coordinator.tables import Client, Job, Round, Run
+from protocol import errors, messages
+from protocol.checks import Expected
+from protocol.messages import JobKind, JobState, Progress, Renewal, Result, RunState, Verdict
+from protocol.plan import Plan
+from protocol.slices import largest_length
+
+ACTIVE = (JobState.queued, JobState.leased)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Plan:
+    return Plan.model_validate_json(text)
+
+
+def plan_of(run: Run) -> Plan:
+    """A run's plan; plans never change, so parsing one again is saved."""
+    return _parsed(json.dumps(run.plan))
+
+
+def seed(plan: Plan, round: int, client: str, kind: str) -> int:
+    """The seed of a job: the same for the same plan, round and client name, whatever else happened."""
+    return int.from_bytes(hashlib.sha256(f"{plan.seed}/{round}/{client}/{kind}".encode()).digest()[:6], "big")
+
+
+def next_for(session: Session, client_id: str, now: datetime) -> messages.Job | None:
+    """Give the client its next job under a fresh lease; the one it holds already, if its last answer was lost."""
+    client = clients.get(session, client_id)
+    if client.state != messages.ClientState.active:
+        return None
+    query = (
+        select(Job, Round, Run)
+        .join(Round, Job.round_id == Round.id)
+        .join(Run, Round.run_id == Run.id)
+        .where(Job.client_id == client_id, Job.state.in_(ACTIVE), Run.state == RunState.running)
+        .order_by(Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
+    )
+    found = session.execute(query).first()
+    return None if found is None else _lease(session, client, *found, now)
+
+
+def waiting(session: Session, client_id: str) -> bool:
+    """Whether there may be a job for the client: a look that changes nothing."""
+    query = select(Job.id).where(Job.client_id == client_id, Job.state.in_(ACTIVE)).limit(1)
+    return session.scalar(query) is not None
+
+
+def _lease(session: Session, client: Client, job: Job, round: Round, run: Run, now: datetime) -> messages.Job:
+    plan = plan_of(run)
+    if job.state == JobState.queued:
+        job.deadline = min(job.deadline, now + timedelta(seconds=plan.times.job))
+    job.state, job.epoch = JobState.leased, job.epoch + 1
+    job.lease_until = now + timedelta(seconds=plan.times.lease)
+    job.progress, job.progress_at = None, now
+    client.last_seen = now
+    session.flush()
+    return _message(plan, client, job, round, run, now)
+
+
+def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, now: datetime) -> messages.Job:
+    assert plan.layout is not None, "a plan without layout is refused when the run is made"
+    kind = JobKind(job.kind)
+    return messages.Job(
+        id=job.id,
+        run=run.id,
+        run_name=run.name,
+        round=round.number,
+        kind=kind,
+        rank=job.rank,
+        rank_reason=job.rank_view["reason"],
+        scale=plan.adapter.scale(job.rank),
+        seed=seed(plan, round.number, client.name, kind),
+        slice=messages.BlobRef(digest=job.base, bytes=job.base_bytes),
+        lease=messages.Lease(epoch=job.epoch, seconds=plan.times.lease, no_progress_seconds=plan.times.no_progress),
+        remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
+        max_upload_bytes=largest_length(plan.layout, job.rank, plan.wire),
+        model=plan.model,
+        task=plan.task,
+        data=plan.data,
+        adapter=plan.adapter,
+        layout=plan.layout,
+        training=plan.training,
+        wire=plan.wire,
+    )
+
+
+def _own(session: Session, client_id: str, job_id: str) -> Job:
+    job = session.get(Job, job_id)
+    if job is None or job.client_id != client_id:
+        raise errors.NotFound(f"there is no job {job_id} for this client")
+    return job
+
+
+def _held(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
+    """The job, if the client holds it at that epoch. Raises NotFound, StaleLease, JobOver."""
+    job = _own(session, client_id, job_id)
+    if job.epoch != epoch:
+        raise errors.StaleLease(
+            f"the lease is at epoch {job.epoch}, yours was {epoch}: the job was given out again", epoch=job.epoch, came=epoch
+        )
+    if job.state != JobState.leased:
+        raise errors.JobOver(f"the job is {job.state}{f': {job.reason}' if job.reason else ''}; ask for the next one", state=job.state)
+    return job
+
+
+def _advance(session: Session, client_id: str, job_id: str, epoch: int, **values: object) -> None:
+    """Change a held job in one statement; whoever lost the lease meanwhile gets the reason. Raises NotFound, StaleLease, JobOver."""
+    held = (Job.id == job_id, Job.client_id == client_id, Job.epoch == epoch, Job.state == JobState.leased)
+    changed = cast(
+        CursorResult[Any], session.execute(update(Job).where(*held).values(**values).execution_options(synchronize_session=False))
+    )
+    session.expire_all()
+    if changed.rowcount == 0:
+        _held(session, client_id, job_id, epoch)
+        raise errors.StaleLease("the job changed hands at this moment")
+
+
+def renew(session: Session, client_id: str, job_id: str, progress: Progress, now: datetime) -> Renewal:
+    """Prolong the lease. The time without progress runs on while phase and step stay the same.
+
+    Raises NotFound, StaleLease, JobOver.
+    """
+    job = _held(session, client_id, job_id, progress.epoch)
+    _, run = _context(session, job)
+    plan = plan_of(run)
+    until = now + timedelta(seconds=plan.times.lease)
+    values: dict[str, object] = {"lease_until": until, "progress": progress.model_dump(mode="json")}
+    before = job.progress or {}
+    if (before.get("phase"), before.get("step")) != (progress.phase, progress.step):
+        values["progress_at"] = now
+    _advance(session, client_id, job_id, progress.epoch, **values)
+    clients.seen(session, client_id, now)
+    going = run.state in (RunState.running, RunState.paused)
+    return Renewal(
+        verdict=Verdict.proceed if going else Verdict.cancel,
+        lease_seconds=plan.times.lease,
+        remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
+    )
+
+
+def release(session: Session, client_id: str, job_id: str, given: messages.GiveBack, now: datetime) -> None:
+    """Take a job back from a client that cannot or will not do it. Raises NotFound, StaleLease, JobOver; again is once."""
+    job = _own(session, client_id, job_id)
+    if job.state == JobState.released and job.epoch == given.epoch:
+        return
+    values = {"state": JobState.released, "reason": given.reason, "refusal": given.problem, "ended_at": now, "lease_until": None}
+    _advance(session, client_id, job_id, given.epoch, **values)
+    round, run = _context(session, job)
+    name = clients.get(session, client_id).name
+    events.record(session, now, "job-released", run=run.id, round=round.number, client=name, reason=given.reason, refusal=given.problem)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a slice that is about to come must be."""
+
+    expected: Expected
+    largest: int  # bytes
+    bound: float | None  # of the change's norm; beyond it the slice is rejected
+
+
+def upload(session: Session, client_id: str, job_id: str, epoch: int) -> Upload:
+    """What the job's slice must be, known before its first byte comes. Raises NotFound, StaleLease, JobOver, Conflict."""
+    job = _held(session, client_id, job_id, epoch)
+    if job.kind != JobKind.train:
+        raise errors.Conflict("an evaluation job takes no slice")
+    round, run = _context(session, job)
+    plan = plan_of(run)
+    assert plan.layout is not None, "a plan without layout is refused when the run is made"
+    expected = Expected(
+        layout=plan.layout, rank=job.rank, scale=plan.adapter.scale(job.rank), dtype=plan.wire, base=job.base, round=round.number
+    )
+    bound = plan.norm.bound if plan.norm is not None and plan.norm.action == "reject" else None
+    return Upload(expected=expected, largest=largest_length(plan.layout, job.rank, plan.wire), bound=bound)
+
+
+def uploaded(session: Session, client_id: str, job_id: str, epoch: int, blob: messages.BlobRef, norm: float) -> None:
+    """Note that the job's slice is stored and sound. Raises NotFound, StaleLease, JobOver."""
+    _advance(session, client_id, job_id, epoch, slice=blob.digest, slice_bytes=blob.bytes, change_norm=norm)
+
+
+def reject(session: Session, client_id: str, job_id: str, epoch: int, reason: str, limit: int, now: datetime) -> None:
+    """End a job whose slice cannot count, and count it against the client. Raises NotFound, StaleLease, JobOver."""
+    _advance(session, client_id, job_id, epoch, state=JobState.rejected, reason=reason, ended_at=now, lease_until=None)
+    round, run = _context(session, _own(session, client_id, job_id))
+    events.record(session, now, "job-rejected", run=run.id, round=round.number, client=clients.get(session, client_id).name, reason=reason)
+    clients.count_rejection(session, client_id, limit, reason, now)
+
+
+def answer(session: Session, client_id: str, job_id: str, result: Result, now: datetime) -> tuple[messages.ResultReceipt, bool]:
+    """Record a job's result; gives the receipt, and whether it is new.
+
+    Raises NotFound, StaleLease, JobOver, DifferentResult, InvalidResult.
+    """
+    job = _own(session, client_id, job_id)
+    stored = result.model_dump(mode="json")
+    if job.state in (JobState.submitted, JobState.accepted) and job.epoch == result.epoch:
+        if job.result != stored:
+            raise errors.DifferentResult("this job was answered already, with another result; the first one stands")
+        return messages.ResultReceipt(job=job.id, state=JobState(job.state)), False
+    job = _held(session, client_id, job_id, result.epoch)
+    _check_result(job, result)
+    round, run = _context(session, job)
+    state = JobState.submitted if job.kind == JobKind.train else JobState.accepted
+    ended: dict[str, object] = {"state": state, "reason": None, "ended_at": now, "lease_until": None}
+    _advance(session, client_id, job_id, result.epoch, **ended, result=stored, fetched_bytes=result.usage.download_bytes)
+    clients.seen(session, client_id, now)
+    name = clients.get(session, client_id).name
+    events.record(session, now, f"job-{state}", run=run.id, round=round.number, client=name, work=job.kind, examples=result.examples)
+    return messages.ResultReceipt(job=job_id, state=state), True
+
+
+def _check_result(job: Job, result: Result) -> None:
+    if job.kind == JobKind.evaluate and result.slice is not None:
+        raise errors.InvalidResult("an evaluation's result names no slice")
+    if job.kind == JobKind.train and job.slice is None:
+        raise errors.InvalidResult("no slice was uploaded for this job; upload it, then send the result")
+    if job.kind == JobKind.train and result.slice != job.slice:
+        raise errors.InvalidResult(f"the result names slice {result.slice}; {job.slice} was uploaded", uploaded=job.slice)
+
+
+def _context(session: Session, job: Job) -> tuple[Round, Run]:
+    round = session.get_one(Round, job.round_id)
+    return round, session.get_one(Run, round.run_id)
+
+
+def may_read(session: Session, client_id: str, digest: str) -> bool:
+    """Whether a blob is the slice of one of the client's unfinished jobs."""
+    query = select(Job.id).where(Job.client_id == client_id, Job.base == digest, Job.state == JobState.leased).limit(1)
+    return session.scalar(query) is not None

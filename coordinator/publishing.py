@@ -1,0 +1,134 @@
+"""From a closed round to a published one: claim it, say what is to be merged, publish what came out.
+
+Merging is a pure function of stored bytes, so a claim is a lease and no lock: a round left in merging by a crash is
+claimed again when its time is over, and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+from sqlalchemy import CursorResult, or_, select, update
+from sqlalchemy.orm import Session
+
+from coordinator import clients, events, rounds
+from coordinator.assembly import Merged
+from coordinator.jobs import plan_of
+from coordinator.merge import Input, RoundTask
+from coordinator.tables import Job, PublishedSlice, Round, Run
+from protocol.messages import JobState, RoundState, RunState
+from protocol.plan import NormBound, Plan
+
+CLAIM = timedelta(seconds=30)
+CLAIMS = 3  # a round whose merging failed so often fails its run
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to merge a round, until somebody claims it later."""
+
+    round_id: int
+    epoch: int
+
+
+def due(session: Session, now: datetime) -> list[int]:
+    """Rounds that wait to be merged."""
+    free = or_(Round.merge_until.is_(None), Round.merge_until <= now)
+    query = select(Round.id).join(Run, Round.run_id == Run.id).where(Round.state == RoundState.merging, free, Run.state == RunState.running)
+    return list(session.scalars(query.order_by(Round.id)))
+
+
+def claim(session: Session, round_id: int, now: datetime) -> Claim | None:
+    """Claim a round for merging, unless somebody else holds it."""
+    free = or_(Round.merge_until.is_(None), Round.merge_until <= now)
+    statement = (
+        update(Round)
+        .where(Round.id == round_id, Round.state == RoundState.merging, free)
+        .values(merge_epoch=Round.merge_epoch + 1, merge_until=now + CLAIM)
+        .returning(Round.merge_epoch)
+    )
+    epoch = session.scalar(statement)
+    return None if epoch is None else Claim(round_id, epoch)
+
+
+def prolong(session: Session, claim: Claim, now: datetime) -> bool:
+    """Hold the claim for longer; false if it was lost."""
+    return _update(session, claim, merge_until=now + CLAIM)
+
+
+def let_go(session: Session, claim: Claim, now: datetime) -> None:
+    """Free the claim, so that the round is tried again at once."""
+    _update(session, claim, merge_until=now)
+
+
+def _update(session: Session, claim: Claim, **values: object) -> bool:
+    held = (Round.id == claim.round_id, Round.merge_epoch == claim.epoch, Round.state == RoundState.merging)
+    statement = update(Round).where(*held).values(**values).execution_options(synchronize_session=False)
+    return cast(CursorResult[Any], session.execute(statement)).rowcount == 1
+
+
+def task(session: Session, claim: Claim, store: str) -> RoundTask | Plan:
+    """What is to be merged; for round 0, the plan from which the first adapter is made."""
+    round = session.get_one(Round, claim.round_id)
+    run = session.get_one(Run, round.run_id)
+    plan = plan_of(run)
+    if round.number == 0:
+        return plan
+    before = rounds.published(session, run.id, round.number - 1)
+    assert before is not None, "a round opens only after the one before it was published"
+    assert before.adapter is not None, "a published round has an adapter"
+    inputs = tuple(_input(job, plan) for job in rounds.training_jobs(session, round.id) if job.state == JobState.submitted)
+    return RoundTask(store=store, plan=plan, round=round.number, previous=before.adapter, inputs=inputs)
+
+
+def _input(job: Job, plan: Plan) -> Input:
+    assert job.slice is not None, "a submitted job has a slice"
+    assert job.weight is not None, "weights are settled when a round closes"
+    shrink = _shrink(plan.norm, job.change_norm or 0.0)
+    return Input(digest=job.slice, rank=job.rank, scale=plan.adapter.scale(job.rank), weight=job.weight, shrink=shrink, base=job.base)
+
+
+def _shrink(norm: NormBound | None, change: float) -> float:
+    """The factor in (0, 1] that brings a change of that norm within the plan's bound."""
+    return 1.0 if norm is None or change <= norm.bound else norm.bound / change
+
+
+def publish(session: Session, claim: Claim, merged: Merged, seconds: float, now: datetime, pace: float) -> list[str]:
+    """merging → published, in one transaction with the slices and the evaluation jobs; gives the clients to wake.
+
+    Does nothing if the claim was lost: somebody else publishes the same bytes.
+    """
+    energy = {module: view.model_dump(mode="json") for module, view in merged.energy.items()}
+    facts = {"adapter": merged.adapter.digest, "adapter_bytes": merged.adapter.bytes, "energy": energy, "merge_seconds": seconds}
+    if not _update(session, claim, state=RoundState.published, ended_at=now, merge_until=None, **facts):
+        return []
+    round = session.get_one(Round, claim.round_id, populate_existing=True)
+    run = session.get_one(Run, round.run_id)
+    for rank, blob in merged.slices.items():
+        session.add(PublishedSlice(round_id=round.id, rank=rank, digest=blob.digest, bytes=blob.bytes))
+    for job in rounds.training_jobs(session, round.id):
+        if job.state == JobState.submitted:
+            job.state = JobState.accepted
+            clients.clear_rejections(session, job.client_id)
+    session.flush()
+    events.record(session, now, "round-published", run=run.id, round=round.number, adapter=merged.adapter.digest, seconds=round_to(seconds))
+    # Round 0 is measured when the first round opens: machines may not be there yet when a run is made.
+    return [] if round.number == 0 else rounds.evaluate(session, run, round, now, pace)
+
+
+def round_to(seconds: float) -> float:
+    """Seconds as a person reads them."""
+    return float(f"{seconds:.3g}")
+
+
+def fail(session: Session, claim: Claim, reason: str, now: datetime) -> None:
+    """Give the claim back after a failed merge; when that happened too often, the run fails and says why."""
+    let_go(session, claim, now)
+    if claim.epoch < CLAIMS:
+        return
+    round = session.get_one(Round, claim.round_id)
+    run = session.get_one(Run, round.run_id)
+    run.state, run.reason, run.ended_at = RunState.failed, f"round {round.number} could not be merged: {reason}", now
+    events.record(session, now, "run-failed", run=run.id, round=round.number, reason=run.reason)

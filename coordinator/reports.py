@@ -1,0 +1,189 @@
+"""What operators see of runs and rounds, computed from the rows when somebody looks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from coordinator import rounds
+from coordinator.jobs import plan_of
+from coordinator.tables import Client, Job, Round, Run
+from protocol import errors
+from protocol.messages import (
+    BlobRef,
+    Energy,
+    JobKind,
+    JobState,
+    JobView,
+    Metric,
+    Page,
+    Progress,
+    RankView,
+    Result,
+    RoundState,
+    RoundSummary,
+    RoundView,
+    RunDetail,
+    RunState,
+    RunView,
+)
+from protocol.plan import CausalLM
+
+
+def run_view(session: Session, run: Run) -> RunView:
+    """A run and where it stands."""
+    published = rounds.published(session, run.id)
+    sums = (
+        select(func.sum(Job.slice_bytes), func.sum(Job.fetched_bytes)).join(Round, Job.round_id == Round.id).where(Round.run_id == run.id)
+    )
+    up, down = session.execute(sums).one()
+    return RunView(
+        id=run.id,
+        name=run.name,
+        state=RunState(run.state),
+        reason=run.reason,
+        round=published.number if published else 0,
+        rounds=plan_of(run).rounds,
+        created_at=run.created_at,
+        ended_at=run.ended_at,
+        metrics=_newest_metrics(session, run),
+        bytes_up=int(up or 0),
+        bytes_down=int(down or 0),
+    )
+
+
+def run_detail(session: Session, run: Run) -> RunDetail:
+    """A run with its plan."""
+    return RunDetail(**run_view(session, run).model_dump(), plan=plan_of(run), plan_digest=run.plan_digest)
+
+
+def _newest_metrics(session: Session, run: Run) -> dict[str, float]:
+    measured = (
+        select(Round.id)
+        .join(Job, Job.round_id == Round.id)
+        .where(Round.run_id == run.id, Job.kind == JobKind.evaluate, Job.state == JobState.accepted)
+        .order_by(Round.number.desc())
+        .limit(1)
+    )
+    round_id = session.scalar(measured)
+    return {} if round_id is None else _metrics(run, _jobs(session, [round_id])[round_id], JobKind.evaluate)
+
+
+def summaries(session: Session, run: Run, cursor: str | None, limit: int) -> Page[RoundSummary]:
+    """Rounds with all their attempts, oldest first; the cursor is the number of rows to pass over."""
+    if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 10):
+        raise errors.InvalidRequest("the cursor is not one that this coordinator gave out; begin without one")
+    start = int(cursor or 0)
+    query = select(Round).where(Round.run_id == run.id).order_by(Round.number, Round.attempt).offset(start).limit(limit + 1)
+    rows = list(session.scalars(query))
+    jobs = _jobs(session, [row.id for row in rows[:limit]])
+    items = [_summary(run, row, jobs[row.id]) for row in rows[:limit]]
+    return Page(items=items, next=str(start + limit) if len(rows) > limit else None)
+
+
+def round_view(session: Session, run: Run, number: int, attempt: int | None) -> RoundView:
+    """One attempt at a round, whole; by default the last one. Raises NotFound."""
+    query = select(Round).where(Round.run_id == run.id, Round.number == number)
+    if attempt is not None:
+        query = query.where(Round.attempt == attempt)
+    row = session.scalar(query.order_by(Round.attempt.desc()).limit(1))
+    if row is None:
+        raise errors.NotFound(f"run {run.name} has no round {number}" + (f", attempt {attempt}" if attempt else ""))
+    jobs = _jobs(session, [row.id])[row.id]
+    known = session.execute(select(Client.id, Client.name).where(Client.id.in_({job.client_id for job in jobs})))
+    names = {row.id: row.name for row in known}
+    adapter = None if row.adapter is None or row.adapter_bytes is None else BlobRef(digest=row.adapter, bytes=row.adapter_bytes)
+    return RoundView(
+        **_summary(run, row, jobs).model_dump(),
+        jobs=[_job_view(job, names[job.client_id]) for job in jobs],
+        adapter=adapter,
+        slices=rounds.slices(session, row.id),
+        energy={module: Energy.model_validate(view) for module, view in (row.energy or {}).items()},
+    )
+
+
+def _jobs(session: Session, round_ids: Sequence[int]) -> dict[int, list[Job]]:
+    found: dict[int, list[Job]] = defaultdict(list)
+    for job in session.scalars(select(Job).where(Job.round_id.in_(round_ids)).order_by(Job.created_at, Job.id)):
+        found[job.round_id].append(job)
+    return found
+
+
+def _summary(run: Run, row: Round, jobs: Sequence[Job]) -> RoundSummary:
+    training = [job for job in jobs if job.kind == JobKind.train]
+    counted = [job for job in training if job.state in (JobState.submitted, JobState.accepted)]
+    return RoundSummary(
+        number=row.number,
+        attempt=row.attempt,
+        state=RoundState(row.state),
+        reason=row.reason,
+        opened_at=row.opened_at,
+        ended_at=row.ended_at,
+        cohort=len(training),
+        contributions=len(counted),
+        ranks=dict(sorted(Counter(job.rank for job in counted).items())),
+        bytes_up=sum(job.slice_bytes or 0 for job in jobs),
+        bytes_down=sum(job.fetched_bytes for job in jobs),
+        train_seconds=sum(result.usage.seconds for result in map(_result, counted) if result is not None),
+        merge_seconds=row.merge_seconds,
+        metrics=_metrics(run, jobs, JobKind.evaluate),
+        train_metrics=_metrics(run, jobs, JobKind.train),
+        kept_energy=_kept([Energy.model_validate(view) for view in (row.energy or {}).values()]),
+    )
+
+
+def _result(job: Job) -> Result | None:
+    return None if job.result is None else Result.model_validate(job.result)
+
+
+def _metrics(run: Run, jobs: Iterable[Job], kind: JobKind) -> dict[str, float]:
+    """Weighted means over clients. Perplexity is that of the mean loss: a mean of perplexities would be none."""
+    states = (JobState.submitted, JobState.accepted)
+    results = [_result(job) for job in jobs if job.kind == kind and job.state in states]
+    values: dict[str, list[Metric]] = defaultdict(list)
+    for result in results:
+        for name, metric in (result.metrics if result else {}).items():
+            values[name].append(metric)
+    means = {name: weighted_mean(found) for name, found in sorted(values.items())}
+    if isinstance(plan_of(run).task, CausalLM) and means.get("loss", math.inf) < 700:  # exp of more is no float
+        means["perplexity"] = math.exp(means["loss"])
+    return means
+
+
+def weighted_mean(metrics: Sequence[Metric]) -> float:
+    """Σ wᵢ vᵢ / Σ wᵢ; weights are positive."""
+    return math.fsum(m.value * m.weight for m in metrics) / math.fsum(m.weight for m in metrics)
+
+
+def _kept(modules: Sequence[Energy]) -> dict[int, float]:
+    """rank → share of the energy of all modules that the leading directions of each hold."""
+    total = math.fsum(energy.total for energy in modules)
+    ranks = sorted({rank for energy in modules for rank in energy.kept})
+    if not total:
+        return dict.fromkeys(ranks, 1.0)
+    return {rank: min(1.0, math.fsum(energy.kept[rank] * energy.total for energy in modules) / total) for rank in ranks}
+
+
+def _job_view(job: Job, client_name: str) -> JobView:
+    result = _result(job)
+    return JobView(
+        id=job.id,
+        client=job.client_id,
+        client_name=client_name,
+        kind=JobKind(job.kind),
+        state=JobState(job.state),
+        reason=job.reason,
+        rank=RankView.model_validate(job.rank_view),
+        epoch=job.epoch,
+        progress=None if job.progress is None else Progress.model_validate(job.progress),
+        slice=None if job.slice is None or job.slice_bytes is None else BlobRef(digest=job.slice, bytes=job.slice_bytes),
+        examples=result and result.examples,
+        weight=job.weight,
+        change_norm=job.change_norm,
+        metrics=result.metrics if result else {},
+        usage=result and result.usage,
+    )

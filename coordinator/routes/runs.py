@@ -1,0 +1,168 @@
+"""What operators call for runs: create, list, look, pause, resume, stop, rounds, adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from sqlalchemy import select
+
+from coordinator import adapters, aggregation, paging, ranks, reports, rounds, runs
+from coordinator.context import Context
+from coordinator.jobs import plan_of
+from coordinator.problems import binary, documented
+from coordinator.routes.requests import ADMINS, COMMON, READERS, Cursor, Id, Limit, Number, Parts
+from coordinator.tables import Run
+from protocol import errors
+from protocol.messages import Description, Page, RoundSummary, RoundView, RunDetail, RunView
+from protocol.plan import LARGEST_RANK, Plan
+
+reading = APIRouter(prefix="/v1", tags=["runs"], dependencies=READERS)
+changing = APIRouter(prefix="/v1", tags=["runs"], dependencies=ADMINS)
+
+
+@changing.post(
+    "/runs",
+    status_code=201,
+    responses={
+        200: {"model": RunDetail, "description": "the run that this key made before"},
+        **documented(*COMMON, errors.InvalidPlan, errors.KeyReused),
+    },
+)
+def create_run(
+    body: Plan,
+    parts: Parts,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[\x20-\x7e]+$")] = None,
+) -> RunDetail:
+    """Start a run from a resolved plan. With an idempotency key the request may be repeated."""
+    with parts.database.write() as session:
+        run, new = runs.create(session, body, idempotency_key, parts.database.clock(session))
+        detail = reports.run_detail(session, run)
+    parts.bell.ring_conductor()
+    response.status_code = 201 if new else 200
+    return detail
+
+
+@reading.get("/runs", responses=documented(*COMMON))
+def list_runs(parts: Parts, cursor: Cursor = None, limit: Limit = 50) -> Page[RunView]:
+    """Runs, newest first."""
+    with parts.database.read() as session:
+        return paging.page(session, select(Run), Run.created_at, Run.id, cursor, limit, lambda run: reports.run_view(session, run))
+
+
+@reading.get("/runs/{run}", responses=documented(*COMMON, errors.NotFound))
+def show_run(run: Id, parts: Parts) -> RunDetail:
+    """A run, its plan and where it stands."""
+    with parts.database.read() as session:
+        return reports.run_detail(session, runs.get(session, run))
+
+
+CHANGES = documented(*COMMON, errors.NotFound, errors.Conflict)
+
+
+@changing.post("/runs/{run}/pause", responses=CHANGES)
+def pause_run(run: Id, parts: Parts) -> RunView:
+    """Hand out no more work; what is being worked on is still taken."""
+    with parts.database.write() as session:
+        return reports.run_view(session, runs.pause(session, run, parts.database.clock(session)))
+
+
+@changing.post("/runs/{run}/resume", responses=CHANGES)
+def resume_run(run: Id, parts: Parts) -> RunView:
+    """Go on with a paused or failed run."""
+    with parts.database.write() as session:
+        view = reports.run_view(session, runs.resume(session, run, parts.database.clock(session)))
+    parts.bell.ring_conductor()
+    return view
+
+
+@changing.post("/runs/{run}/stop", responses=CHANGES)
+def stop_run(run: Id, parts: Parts) -> RunView:
+    """End a run for good; what it published stays."""
+    with parts.database.write() as session:
+        return reports.run_view(session, runs.stop(session, run, parts.database.clock(session)))
+
+
+@reading.get("/runs/{run}/rounds", responses=documented(*COMMON, errors.NotFound))
+def list_rounds(run: Id, parts: Parts, cursor: Cursor = None, limit: Limit = 100) -> Page[RoundSummary]:
+    """A run's rounds with all their attempts, oldest first."""
+    with parts.database.read() as session:
+        return reports.summaries(session, runs.get(session, run), cursor, limit)
+
+
+@reading.get("/runs/{run}/rounds/{number}", responses=documented(*COMMON, errors.NotFound))
+def show_round(
+    run: Id,
+    number: Number,
+    parts: Parts,
+    attempt: Annotated[int | None, Query(ge=1, le=10**6, description="by default the last")] = None,
+) -> RoundView:
+    """One round whole: jobs, ranks and why, weights, bytes, seconds, metrics, kept energy."""
+    with parts.database.read() as session:
+        return reports.round_view(session, runs.get(session, run), number, attempt)
+
+
+AtRound = Annotated[int | None, Query(ge=0, le=10**6, description="by default the newest published round")]
+AtRank = Annotated[int | None, Query(ge=1, le=LARGEST_RANK, description="by default the rank of the global adapter")]
+
+
+@reading.get(
+    "/runs/{run}/adapter",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "a PEFT folder as a zip archive",
+            "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **documented(*COMMON, errors.NotFound),
+    },
+)
+def get_adapter(run: Id, parts: Parts, round: AtRound = None, rank: AtRank = None) -> Response:
+    """A published adapter as a complete PEFT folder, cut to a rank."""
+    files = _adapter(parts, run, round, rank)
+    return Response(
+        adapters.archive(files), media_type="application/zip", headers={"Content-Disposition": 'attachment; filename="adapter.zip"'}
+    )
+
+
+@reading.get(
+    "/runs/{run}/adapter/{file}",
+    response_class=Response,
+    responses={
+        200: {"description": "the file", "content": binary("application/octet-stream")},
+        **documented(*COMMON, errors.NotFound),
+    },
+)
+def get_adapter_file(run: Id, file: str, parts: Parts, round: AtRound = None, rank: AtRank = None) -> Response:
+    """One file of the PEFT folder."""
+    files = _adapter(parts, run, round, rank)
+    if file not in files:
+        raise errors.NotFound(f"the adapter's folder has no such file; it has {', '.join(sorted(files))}")
+    return Response(files[file], media_type="application/octet-stream")
+
+
+def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None) -> dict[str, bytes]:
+    with parts.database.read() as session:
+        run = runs.get(session, run_id)
+        row = rounds.published(session, run.id, number)
+        if row is None or row.adapter is None:
+            raise errors.NotFound(f"run {run.name} has not published " + ("an adapter yet" if number is None else f"round {number}"))
+        plan = plan_of(run)
+        if rank is not None and rank > plan.global_rank:
+            raise errors.NotFound(f"the adapter has rank {plan.global_rank}; rank {rank} is more")
+        facts = adapters.Facts(run=run.name, round=row.number, metrics=reports.round_view(session, run, row.number, row.attempt).metrics)
+        digest = row.adapter
+    return adapters.files(plan, facts, parts.blobs.read(digest), rank or plan.global_rank)
+
+
+@reading.get("/strategies", responses=documented(*COMMON))
+def list_strategies() -> list[Description]:
+    """The strategies that a plan may name."""
+    return aggregation.describe()
+
+
+@reading.get("/rank-policies", responses=documented(*COMMON))
+def list_rank_policies() -> list[Description]:
+    """The rank policies that a plan may name."""
+    return ranks.describe()

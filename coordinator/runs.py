@@ -1,0 +1,146 @@
+"""Runs: made from a plan, paused, resumed, stopped, finished; and what one look of the conductor does for a run."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from coordinator import access, aggregation, events, ranks, rounds
+from coordinator.jobs import ACTIVE, plan_of
+from coordinator.tables import Job, Round, Run
+from protocol import errors
+from protocol.messages import JobState, RoundState, RunState
+from protocol.plan import Plan
+
+ENDED = (RunState.finished, RunState.stopped, RunState.failed)
+
+
+def check(plan: Plan) -> None:
+    """Raises InvalidPlan for a plan that could never be carried out by this coordinator."""
+    if plan.layout is None or plan.model.fingerprint is None:
+        raise errors.InvalidPlan(
+            "the plan is not resolved: it lacks the base model's layout or fingerprint; `python -m admin runs create` resolves it, "
+            "`python -m admin plans resolve` writes the resolved plan"
+        )
+    aggregation.check(plan.strategy)
+    ranks.check(plan.ranks)
+
+
+def create(session: Session, plan: Plan, key: str | None, now: datetime) -> tuple[Run, bool]:
+    """Make a run; gives it and whether it is new: the same idempotency key and plan give the same run.
+
+    Raises InvalidPlan, KeyReused.
+    """
+    check(plan)
+    before = None if key is None else session.scalar(select(Run).where(Run.key == key))
+    if before is not None:
+        if before.plan_digest != plan.digest():
+            raise errors.KeyReused("this idempotency key made a run from another plan; use a fresh key", run=before.id)
+        return before, False
+    run = Run(
+        id=access.new_id("run"),
+        name=plan.name,
+        state=RunState.running,
+        plan=plan.model_dump(mode="json"),
+        plan_digest=plan.digest(),
+        key=key,
+        created_at=now,
+    )
+    session.add(run)
+    session.flush()
+    rounds.begin(session, run, now)
+    events.record(session, now, "run-created", run=run.id, name=run.name)
+    return run, True
+
+
+def get(session: Session, id: str) -> Run:
+    """A run's row. Raises NotFound."""
+    run = session.get(Run, id)
+    if run is None:
+        raise errors.NotFound(f"there is no run {id}")
+    return run
+
+
+def pause(session: Session, id: str, now: datetime) -> Run:
+    """running → paused: work in hand goes on, none is handed out. Raises NotFound, Conflict."""
+    run = _in(session, id, (RunState.running, RunState.paused), "pause")
+    if run.state == RunState.running:
+        rounds.pause(session, run, "by an operator", now)
+    return run
+
+
+def resume(session: Session, id: str, now: datetime) -> Run:
+    """paused → running; a failed run goes on from its last published round. Raises NotFound, Conflict."""
+    run = _in(session, id, (RunState.running, RunState.paused, RunState.failed), "resume")
+    if run.state != RunState.running:
+        run.state, run.reason, run.ended_at = RunState.running, None, None
+        session.execute(update(Round).where(Round.run_id == id, Round.state == RoundState.merging).values(merge_epoch=0, merge_until=None))
+        events.record(session, now, "run-resumed", run=run.id)
+    return run
+
+
+def stop(session: Session, id: str, now: datetime) -> Run:
+    """End a run for good; what was published stays. Raises NotFound, Conflict."""
+    run = _in(session, id, (RunState.running, RunState.paused, RunState.failed, RunState.stopped), "stop")
+    if run.state != RunState.stopped:
+        run.state, run.reason, run.ended_at = RunState.stopped, "by an operator", now
+        own = select(Round.id).where(Round.run_id == id)
+        session.execute(
+            update(Job)
+            .where(Job.round_id.in_(own), Job.state.in_(ACTIVE))
+            .values(state=JobState.cancelled, reason="the run was stopped", ended_at=now)
+            .execution_options(synchronize_session=False)
+        )
+        session.execute(
+            update(Round)
+            .where(Round.run_id == id, Round.state.in_((RoundState.open, RoundState.merging)))
+            .values(state=RoundState.abandoned, reason="the run was stopped", ended_at=now)
+            .execution_options(synchronize_session=False)
+        )
+        events.record(session, now, "run-stopped", run=run.id)
+    return run
+
+
+def _in(session: Session, id: str, states: tuple[RunState, ...], verb: str) -> Run:
+    run = get(session, id)
+    if run.state not in states:
+        raise errors.Conflict(f"run {run.name} is {run.state}; a run that is {run.state} cannot {verb}", state=run.state)
+    return run
+
+
+def running(session: Session) -> list[str]:
+    """The ids of all running runs, oldest first."""
+    return list(session.scalars(select(Run.id).where(Run.state == RunState.running).order_by(Run.created_at, Run.id)))
+
+
+def advance(session: Session, id: str, now: datetime, pace: float) -> list[str]:
+    """Take the run one step on: open, fill, close or abandon a round, or finish; gives the clients to wake."""
+    run = get(session, id)
+    round = rounds.current(session, id)
+    if run.state != RunState.running or round is None or round.state == RoundState.merging:
+        return []
+    if round.state == RoundState.open:
+        decided = rounds.verdict(session, run, round, now)
+        if decided is None:
+            return rounds.refill(session, run, round, now, pace)
+        if decided.close:
+            rounds.close(session, run, round, decided.reason, now)
+        else:
+            rounds.abandon(session, run, round, decided.reason, now)
+        return []
+    if round.state == RoundState.published and round.number >= plan_of(run).rounds:
+        _finish(session, run, round, now)
+        return []
+    return rounds.open_next(session, run, round, now, pace)
+
+
+def _finish(session: Session, run: Run, last: Round, now: datetime) -> None:
+    """running → finished, when the last adapter has been measured."""
+    query = select(Job.id).where(Job.round_id == last.id, Job.state.in_(ACTIVE)).limit(1)
+    if session.scalar(query) is not None:
+        run.reason = "waits for the last evaluation"
+        return
+    run.state, run.reason, run.ended_at = RunState.finished, None, now
+    events.record(session, now, "run-finished", run=run.id)

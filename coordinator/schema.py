@@ -1,0 +1,43 @@
+"""The database's schema and its migrations: bring it up to date, or say how far behind it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+from coordinator.database import open_engine
+
+
+def _config(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def migrate(url: str) -> str:
+    """Bring the database to the newest schema; gives its revision. Safe to run at the same time from several machines."""
+    engine = open_engine(url)
+    with engine.execution_options(writes=True).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("select pg_advisory_xact_lock(7260914)")  # any number that only migrations take
+        config = _config(connection)
+        command.upgrade(config, "head")
+        revision = MigrationContext.configure(connection).get_current_revision()
+    engine.dispose()
+    return revision or ""
+
+
+def is_current(url: str) -> bool:
+    """Whether the database has the schema that this program needs."""
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        head = ScriptDirectory.from_config(_config(connection)).get_current_head()
+        found = MigrationContext.configure(connection).get_current_revision()
+    engine.dispose()
+    return found == head

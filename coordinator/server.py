@@ -1,0 +1,39 @@
+"""The HTTP server around the application, and how it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from coordinator.settings import Settings
+
+GRACE = 30  # seconds that requests in flight may take once a signal has come
+
+
+class _Server(uvicorn.Server):
+    """Ends the waiting polls on a signal: they would hold the shutdown up until they are answered."""
+
+    def __init__(self, config: uvicorn.Config, before_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._before_exit = before_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._before_exit()
+        super().handle_exit(sig, frame)
+
+
+def serve(app: FastAPI, settings: Settings, before_exit: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT; requests in flight are answered first."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+    )
+    _Server(config, before_exit).run()

@@ -1,0 +1,39 @@
+"""What an operator sets by environment; the only reader of it on this side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """The coordinator's settings. Every one has a default that works on one machine; each is `HLORA_COORDINATOR_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="HLORA_COORDINATOR_", frozen=True, extra="ignore")
+
+    data: Path = Field(default=Path("hlora-data"), description="folder of the default database, blobs and spool")
+    database_url: str | None = Field(default=None, description="SQLAlchemy URL; by default a SQLite file in the data folder")
+    blobs_url: str | None = Field(default=None, description="obstore URL; by default files in the data folder")
+    spool: Path | None = Field(default=None, description="folder of unfinished uploads and merges; by default in the data folder")
+    executor: str = Field(default="threads://", description="where modules are merged: threads://N or processes://N")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    tick_seconds: float = Field(default=1.0, gt=0, description="longest pause between two looks of the conductor")
+    poll_seconds: float = Field(default=20.0, gt=0, le=300, description="how long a poll for work may wait, and the pace given to agents")
+    rejections: int = Field(default=3, ge=1, description="a client is paused after so many rejected contributions in a row")
+    json_limit_bytes: int = Field(default=8 * 2**20, ge=2**16, description="longest JSON body")
+    log_json: bool = Field(default=False, description="logs as JSON lines instead of text")
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.data.resolve() / 'hlora.sqlite'}"
+
+    @property
+    def blobs(self) -> str:
+        return self.blobs_url or f"file://{self.data.resolve() / 'blobs'}"
+
+    @property
+    def spool_folder(self) -> Path:
+        return self.spool or self.data.resolve() / "spool"

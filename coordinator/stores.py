@@ -1,0 +1,148 @@
+"""Where blobs lie: a folder or an object store, behind five verbs. Keys come from `blobs.py` and are safe as paths."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote
+
+import obstore
+from obstore.store import MemoryStore, ObjectStore, S3Store
+
+from protocol import errors
+
+COPY = 1 << 20  # bytes copied at a time
+
+
+class Store(Protocol):
+    """What a store must do; keys are `sha256/<64 hex>`, an unknown one is a FileNotFoundError."""
+
+    def write(self, key: str, content: bytes | Path) -> None: ...
+    def read(self, key: str, start: int, stop: int) -> bytes: ...
+    def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]: ...
+    def size(self, key: str) -> int: ...
+    def delete(self, key: str) -> None: ...
+    def entries(self) -> Iterator[tuple[str, int, datetime]]: ...
+
+
+def open_store(url: str) -> Store:
+    """The store at a URL. Raises InvalidRequest for a URL that names none."""
+    kind, _, place = url.partition("://")
+    match kind:
+        case "file" if place.startswith("/"):
+            return Folder(Path(unquote(place)))
+        case "memory" if place:
+            # One store per name: whoever opens the URL again in this process finds what was put.
+            return Remote(_memories.setdefault(place, MemoryStore()))
+        case "s3" if place:
+            return _bucket(url)
+    raise errors.InvalidRequest(f"blobs are kept at file:///FOLDER, s3://BUCKET/PREFIX or memory://NAME; {url!r} came")
+
+
+_memories: dict[str, MemoryStore] = {}
+
+
+@cache
+def _bucket(url: str) -> Remote:
+    # Once per process: a store keeps its connections.
+    return Remote(S3Store.from_url(url))
+
+
+class Folder:
+    """A folder, written without obstore: its local store never fsyncs, and a blob must outlive a power cut."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._staging = root / "staging"
+        if not self._staging.is_dir():
+            for folder in (root / "sha256", self._staging):
+                folder.mkdir(parents=True, exist_ok=True)
+            for folder in (root, root.parent):
+                _sync(folder)
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        path = self._root / key
+        with suppress(FileNotFoundError):
+            os.utime(path)
+            return
+        handle, name = tempfile.mkstemp(dir=self._staging)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.writelines([content] if isinstance(content, bytes) else _file_chunks(content, 0, content.stat().st_size, COPY))
+                file.flush()
+                os.fsync(file.fileno())
+            # After the fsync: a name that is there stands for bytes that are there, even after a power cut.
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        with (self._root / key).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
+        return _file_chunks(self._root / key, start, stop, size)
+
+    def size(self, key: str) -> int:
+        return (self._root / key).stat().st_size
+
+    def delete(self, key: str) -> None:
+        (self._root / key).unlink()
+
+    def entries(self) -> Iterator[tuple[str, int, datetime]]:
+        for entry in os.scandir(self._root / "sha256"):
+            with suppress(FileNotFoundError):  # deleted since the folder was read
+                facts = entry.stat()
+                yield f"sha256/{entry.name}", facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
+
+
+class Remote:
+    """An object store: its own puts are atomic and durable."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def write(self, key: str, content: bytes | Path) -> None:
+        obstore.put(self._store, key, content)
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        return obstore.get_range(self._store, key, start=start, end=stop).to_bytes()
+
+    def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
+        for chunk in obstore.get(self._store, key, options={"range": (start, stop)}).stream(min_chunk_size=size):
+            yield bytes(chunk)
+
+    def size(self, key: str) -> int:
+        return obstore.head(self._store, key)["size"]
+
+    def delete(self, key: str) -> None:
+        obstore.delete(self._store, key)
+
+    def entries(self) -> Iterator[tuple[str, int, datetime]]:
+        for page in obstore.list(self._store):
+            for entry in page:
+                yield entry["path"], entry["size"], entry["last_modified"]
+
+
+def _file_chunks(path: Path, start: int, stop: int, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        for here in range(start, stop, size):
+            yield file.read(min(size, stop - here))
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,207 @@
+"""The tables. What must never be is a constraint here, not only a line of Python elsewhere."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, CheckConstraint, DateTime, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from protocol.messages import ClientState, JobKind, JobState, Role, RoundState, RunState
+
+
+class Utc(TypeDecorator[datetime]):
+    """A point in time, always aware and in UTC; SQLite keeps it without its zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.astimezone(UTC).replace(tzinfo=None) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+Document = dict[str, Any]
+Serial = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only for INTEGER
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: Utc, Document: JSON, str: Text, int: BigInteger}
+
+
+def _state(kind: type[RunState | RoundState | JobState | ClientState | JobKind | Role]) -> CheckConstraint:
+    column = {"RunState": "state", "RoundState": "state", "JobState": "state", "ClientState": "state", "JobKind": "kind", "Role": "role"}
+    name = column[kind.__name__]
+    return CheckConstraint(f"{name} in ({', '.join(repr(str(member)) for member in kind)})", name=name)
+
+
+class Token(Base):
+    """An operator's token."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (_state(Role),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str]
+    role: Mapped[str] = mapped_column(String(16))
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+    revoked: Mapped[bool] = mapped_column(default=False)
+
+
+class Enrolment(Base):
+    """A token with which machines become clients."""
+
+    __tablename__ = "enrolments"
+    __table_args__ = (CheckConstraint("uses_left >= 0", name="uses_left"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    uses_left: Mapped[int]
+    expires_at: Mapped[datetime]
+    revoked: Mapped[bool] = mapped_column(default=False)
+    labels: Mapped[Document]
+    created_at: Mapped[datetime]
+
+
+class Client(Base):
+    """A participating machine."""
+
+    __tablename__ = "clients"
+    __table_args__ = (_state(ClientState),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    state: Mapped[str] = mapped_column(String(16), default=ClientState.active)
+    reason: Mapped[str | None]
+    labels: Mapped[Document]
+    profile: Mapped[Document]
+    profiled_at: Mapped[datetime]
+    rejections: Mapped[int] = mapped_column(default=0)
+    last_seen: Mapped[datetime | None]
+    enrolled_at: Mapped[datetime]
+    enrolment_id: Mapped[str | None] = mapped_column(ForeignKey("enrolments.id"))
+
+
+class Run(Base):
+    """One federated fine-tuning."""
+
+    __tablename__ = "runs"
+    __table_args__ = (_state(RunState),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    reason: Mapped[str | None]
+    plan: Mapped[Document]
+    plan_digest: Mapped[str] = mapped_column(String(71))
+    key: Mapped[str | None] = mapped_column(String(255), unique=True)
+    created_at: Mapped[datetime] = mapped_column(index=True)
+    ended_at: Mapped[datetime | None]
+    waiting_since: Mapped[datetime | None]
+
+
+class Round(Base):
+    """One attempt at one round of a run."""
+
+    __tablename__ = "rounds"
+    __table_args__ = (UniqueConstraint("run_id", "number", "attempt"), _state(RoundState))
+
+    id: Mapped[int] = mapped_column(Serial, primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), index=True)
+    number: Mapped[int]
+    attempt: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    reason: Mapped[str | None]
+    opened_at: Mapped[datetime]
+    closes_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    merge_epoch: Mapped[int] = mapped_column(default=0)
+    merge_until: Mapped[datetime | None]
+    merge_seconds: Mapped[float | None]
+    adapter: Mapped[str | None] = mapped_column(String(71))
+    adapter_bytes: Mapped[int | None]
+    energy: Mapped[Document | None]
+
+
+class PublishedSlice(Base):
+    """The slice of one rank that a round published."""
+
+    __tablename__ = "slices"
+
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
+    rank: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), index=True)
+    bytes: Mapped[int]
+
+
+class Job(Base):
+    """One client's part in a round: the unique triple makes repeated requests one."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("round_id", "client_id", "kind"),
+        _state(JobState),
+        _state(JobKind),
+        CheckConstraint("state != 'submitted' or kind != 'train' or slice is not null", name="no_result_without_slice"),
+        Index("ix_jobs_client_state", "client_id", "state"),
+        Index("ix_jobs_state", "state"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"))
+    client_id: Mapped[str] = mapped_column(ForeignKey("clients.id"))
+    kind: Mapped[str] = mapped_column(String(16))
+    state: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str | None]
+    refusal: Mapped[str | None] = mapped_column(String(64))
+    rank: Mapped[int]
+    rank_view: Mapped[Document]
+    base: Mapped[str] = mapped_column(String(71))
+    base_bytes: Mapped[int]
+    epoch: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime]
+    deadline: Mapped[datetime]
+    lease_until: Mapped[datetime | None]
+    progress: Mapped[Document | None]
+    progress_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    slice: Mapped[str | None] = mapped_column(String(71), index=True)
+    slice_bytes: Mapped[int | None]
+    fetched_bytes: Mapped[int] = mapped_column(default=0)
+    change_norm: Mapped[float | None]
+    result: Mapped[Document | None]
+    weight: Mapped[float | None]
+
+
+class Event(Base):
+    """One change of state, for the log that operators follow."""
+
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(Serial, primary_key=True)
+    at: Mapped[datetime]
+    kind: Mapped[str] = mapped_column(String(64))
+    run_id: Mapped[str | None] = mapped_column(String(40), index=True)
+    round: Mapped[int | None]
+    client: Mapped[str | None] = mapped_column(String(64))
+    facts: Mapped[Document]

@@ -1,0 +1,9 @@
+"""How alembic reaches the database: over the connection that `coordinator.schema` opened, which holds the lock."""
+
+from alembic import context
+
+from coordinator.tables import Base
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata, render_as_batch=True)
+with context.begin_transaction():
+    context.run_migrations()
