@@ -1,0 +1,74 @@
+"""The agent's command. What is heavy is imported when a command needs it, so that --help is instant."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protocol import errors
+
+if TYPE_CHECKING:
+    from agent.settings import Settings
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The program on a participating machine."
+)
+Home = Annotated[Path | None, typer.Option(help="the home folder; or HLORA_AGENT_HOME", show_default="~/.hlora/agent")]
+
+
+@app.command()
+def enrol(
+    url: Annotated[str | None, typer.Argument(help="the coordinator's address; or HLORA_AGENT_URL")] = None,
+    name: Annotated[str | None, typer.Option(help="the name by which operators will know this machine")] = None,
+    token: Annotated[str | None, typer.Option(help="the enrolment token; or HLORA_AGENT_TOKEN; otherwise it is asked for")] = None,
+    home: Home = None,
+) -> None:
+    """Redeem an enrolment token; the credential is kept in the home folder."""
+    with _refusals_told():
+        from pydantic import SecretStr
+
+        from agent import app as agent
+
+        settings = _settings(home)
+        where = url or settings.url or typer.prompt("address of the coordinator")
+        called = name or typer.prompt("name of this machine")
+        secret = SecretStr(token) if token else settings.token or SecretStr(typer.prompt("enrolment token", hide_input=True))
+        who = asyncio.run(agent.enrol(settings, where, called, secret))
+        typer.echo(f"enrolled as {who.name} ({who.id}); start the agent with: python -m agent run")
+
+
+@app.command()
+def run(home: Home = None) -> None:
+    """Ask for jobs and do them, until SIGTERM or SIGINT."""
+    with _refusals_told():
+        from agent import app as agent
+
+        asyncio.run(agent.run(_settings(home)))
+
+
+def _settings(home: Path | None) -> Settings:
+    from agent import app as agent
+    from agent.settings import Settings
+
+    settings = Settings() if home is None else Settings(home=home)
+    agent.configure(settings)
+    return settings
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """A refusal ends the command with one line on stderr, not with a trace."""
+    try:
+        yield
+    except errors.HLoRAError as error:
+        typer.echo(f"{error.title()}: {error.detail}", err=True)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,83 @@
+"""Composition root: settings become a connected client, a profile, a running loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+
+import structlog
+import torch
+from pydantic import SecretStr
+
+from agent import data, identity, machine, policy
+from agent.client import Client
+from agent.identity import Identity
+from agent.loop import Loop
+from agent.policy import Policy
+from agent.settings import Settings
+from agent.training import Trainer
+from protocol import errors
+from protocol.messages import Dataset, Enrol, Profile
+
+log = structlog.get_logger("agent")
+
+
+def configure(settings: Settings) -> None:
+    """Set up logs and threads, once per process."""
+    renderer = structlog.processors.JSONRenderer() if settings.log == "json" else structlog.dev.ConsoleRenderer(colors=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+
+
+def connect(settings: Settings, url: str, credential: SecretStr | None = None) -> Client:
+    """A client of the coordinator there, by the way that the settings allow. Raises InsecureTransport."""
+    return Client(url, credential, insecure=settings.insecure, ca_file=settings.ca_file, proxy=settings.proxy)
+
+
+def profile(home: Path, allowed: Policy) -> Profile:
+    """What this machine can do and has, as far as its owner offers it. Data sets that cannot be read are left out, and logged."""
+    catalogue = data.load(home)
+    datasets: dict[str, Dataset] = {}
+    for alias in catalogue.sources:
+        if allowed.data is not None and alias not in allowed.data:
+            continue
+        try:
+            datasets[alias] = catalogue.describe(alias)
+        except errors.DataRefusal as error:
+            log.warning("dataset-left-out", data=alias, detail=error.detail)
+    return machine.profile(allowed, datasets)
+
+
+async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Identity:
+    """Redeem an enrolment token and keep the credential. Raises Unauthenticated, EnrolmentOver, NameTaken, InsecureTransport."""
+    async with connect(settings, url) as client:
+        found = profile(settings.folder, policy.load(settings.folder))
+        enrolled = await client.enrol(token, Enrol(name=name, profile=found))
+    who = Identity(url=url, id=enrolled.id, name=name, credential=enrolled.credential)
+    identity.save(who, settings.folder)
+    return who
+
+
+async def run(settings: Settings) -> None:
+    """Work until SIGTERM or SIGINT; the job in hand is then given back. Raises what asking again cannot mend."""
+    home = settings.folder
+    who, allowed = identity.load(home), policy.load(home)
+    async with connect(settings, who.url, SecretStr(who.credential)) as client:
+        loop = Loop(client, Trainer(data.load(home), allowed), allowed, home / "outbox", settings.wait_seconds)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, loop.stopping.set)
+        log.info("agent-started", client=who.name, coordinator=who.url)
+        await client.put_profile(await asyncio.to_thread(profile, home, allowed))
+        await loop.run()
+        log.info("agent-stopped")

@@ -1,0 +1,178 @@
+"""The device's own data sets, by alias. Rows are read here and go to training; nothing else of them leaves this module
+than counts and column names, and no message quotes a value.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from protocol import errors
+from protocol.messages import Dataset
+from protocol.plan import Strict
+
+FILE = "datasets.toml"
+Row = Mapping[str, object]
+
+
+class Part(StrEnum):
+    """Which rows of a data set."""
+
+    train = "train"
+    held_out = "held_out"
+
+
+class Source(Strict):
+    """One data set as datasets.toml describes it."""
+
+    format: Literal["jsonl", "csv", "parquet", "hub"]
+    path: str = Field(min_length=1, description="file, relative to datasets.toml; or the name on the hub")
+    columns: dict[str, str] = Field(default={}, description="column as it is here → column as plans call it")
+    held_out: str | float | None = Field(
+        default=None, description="rows kept back for evaluation: a file (on the hub: a split), or a share of the rows"
+    )
+    max_rows: int | None = Field(default=None, ge=1, description="no more than the first so many rows are read")
+    seed: int = Field(default=0, description="which rows a share holds back")
+    subset: str | None = Field(default=None, description="hub only: the data set's configuration")
+    split: str = Field(default="train", description="hub only")
+
+    @model_validator(mode="after")
+    def _share(self) -> Source:
+        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
+            raise ValueError(f"held_out = {self.held_out:g} is no share between 0 and 1; a file is named in quotes")
+        return self
+
+
+SOURCES = TypeAdapter(dict[Annotated[str, Field(max_length=128)], Source])
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All data sets of a device. Knows files and columns; knows nothing of models."""
+
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    folder: Path = Path()
+
+    def rows(self, alias: str, part: Part) -> Iterator[Row]:
+        """One part's rows, one at a time, with the columns named as plans name them. The two parts share no row.
+
+        Raises DataRefusal if there is no such data set or it cannot be read.
+        """
+        source = self.source(alias)
+        rows: Iterable[Row]
+        if isinstance(source.held_out, float):
+            kept = _drawn(alias, source, sum(1 for _ in self._read(alias, source, source.path, source.split)))
+            every = enumerate(self._read(alias, source, source.path, source.split))
+            rows = (row for n, row in every if (n in kept) == (part is Part.held_out))
+        elif part is Part.train:
+            rows = self._read(alias, source, source.path, source.split)
+        elif source.held_out is None:
+            raise errors.DataRefusal(f"{alias!r} keeps no rows back for evaluation; set held_out in {FILE}", alias=alias)
+        else:
+            rows = self._read(alias, source, source.path if source.format == "hub" else source.held_out, source.held_out)
+        return ({source.columns.get(name, name): value for name, value in row.items()} for row in rows)
+
+    def source(self, alias: str) -> Source:
+        """A data set's description. Raises DataRefusal, naming those that there are."""
+        try:
+            return self.sources[alias]
+        except KeyError:
+            raise errors.DataRefusal(
+                f"there is no data set {alias!r} here, only {', '.join(sorted(self.sources)) or 'none'}; add it to {FILE}",
+                alias=alias,
+                known=sorted(self.sources),
+            ) from None
+
+    def describe(self, alias: str) -> Dataset:
+        """Counts and column names: all that the coordinator is told. Reads the whole data set once. Raises DataRefusal."""
+        source = self.source(alias)
+        count, columns = 0, dict[str, None]()
+        for row in self._read(alias, source, source.path, source.split):
+            count += 1
+            columns.update(dict.fromkeys(source.columns.get(name, name) for name in row))
+        if not count:
+            raise errors.DataRefusal(f"{alias!r} has no rows", alias=alias)
+        if isinstance(source.held_out, float):
+            kept = len(_drawn(alias, source, count))
+            return Dataset(train=count - kept, held_out=kept, columns=list(columns))
+        kept = 0 if source.held_out is None else sum(1 for _ in self.rows(alias, Part.held_out))
+        return Dataset(train=count, held_out=kept, columns=list(columns))
+
+    def _read(self, alias: str, source: Source, path: str, split: str) -> Iterator[Row]:
+        try:
+            rows = _hub(source, split) if source.format == "hub" else READERS[source.format](self.folder / Path(path).expanduser())
+            for count, row in enumerate(rows):
+                if count == source.max_rows:
+                    return
+                yield row
+        except (OSError, ValueError, csv.Error) as error:
+            # The reader's own words may quote a row, so only the kind of the error is told.
+            why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read as {source.format} ({type(error).__name__})"
+            raise errors.DataRefusal(f"{alias!r}: {path} {why}; mend the file or its entry in {FILE}", alias=alias) from error
+        except ImportError as error:
+            raise errors.DataRefusal(f"{alias!r} needs the package {error.name}; pip install it", alias=alias) from error
+
+
+def _drawn(alias: str, source: Source, count: int) -> frozenset[int]:
+    """The rows that a share keeps back: the same for the same seed and count, at least one, never all."""
+    if count < 2:
+        raise errors.DataRefusal(f"{alias!r} has {count} rows; a share can only be kept back of two or more", alias=alias)
+    assert isinstance(source.held_out, float), "only a share is drawn"
+    kept = min(count - 1, max(1, round(source.held_out * count)))
+    return frozenset(random.Random(source.seed).sample(range(count), kept))
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("a line is no JSON object")
+                yield row
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        for row in csv.DictReader(lines, strict=True):
+            yield {name: value for name, value in row.items() if isinstance(name, str)}
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
+READERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+
+
+def _hub(source: Source, split: str) -> Iterable[Row]:
+    from datasets import load_dataset
+
+    found: Iterable[Row] = load_dataset(source.path, source.subset, split=split)
+    return found
+
+
+def load(home: Path) -> Catalogue:
+    """The data sets of a home folder; none where there is no file. Raises DataRefusal if the file is wrong."""
+    try:
+        return Catalogue(SOURCES.validate_python(tomllib.loads((home / FILE).read_text())), home)
+    except FileNotFoundError:
+        return Catalogue()
+    except tomllib.TOMLDecodeError as error:
+        raise errors.DataRefusal(f"{home / FILE} is no TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise errors.DataRefusal(f"{home / FILE}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None

@@ -1,0 +1,147 @@
+"""The steps of one job's training, and the measuring of an adapter. Knows models and batches; knows no wire and no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from agent.encoding import IGNORED, Batch, Example, batches, collate
+from modelling.adapters import Adapted
+from protocol import errors
+from protocol.messages import Metric
+from protocol.plan import Task, Training
+
+WINDOW = 8  # steps whose rows are sorted by length among themselves, so that batches need little padding
+Told = Callable[[int, int, float], None]  # step, steps, loss
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model is fed with, and how it computes."""
+
+    task: Task
+    pad: int
+    device: torch.device
+    half: torch.dtype | None  # the lower precision of the matrices, if they shall have one
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy over what is learned, in float32, and the logits that it came from."""
+        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
+            logits = model(**batch.inputs).logits.float()
+        if self.task.kind == "sequence-classification":
+            return functional.cross_entropy(logits, batch.labels, reduction="sum"), logits
+        ahead, labels = logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
+        return functional.cross_entropy(ahead, labels, ignore_index=IGNORED, reduction="sum"), logits
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """These examples as one batch on the device."""
+        return collate(examples, self.task, self.pad, self.device)
+
+
+def schedule(examples: Sequence[Example], training: Training, generator: torch.Generator) -> list[list[Example]]:
+    """The rows of every optimiser step: epochs · n rows in all, each epoch in a new order, in steps of like lengths."""
+    size = training.batch_size * training.accumulate
+    count = min(math.ceil(training.epochs * len(examples)), size * training.steps(len(examples)))
+    orders = [torch.randperm(len(examples), generator=generator) for _ in range(math.ceil(count / len(examples)))]
+    rows = [examples[int(n)] for n in torch.cat(orders)[:count]]
+    steps: list[list[Example]] = []
+    for start in range(0, count, WINDOW * size):
+        window = sorted(rows[start : start + WINDOW * size], key=lambda example: len(example.ids))
+        groups = [window[i : i + size] for i in range(0, len(window), size)]
+        steps += [groups[int(n)] for n in torch.randperm(len(groups), generator=generator)]
+    return steps
+
+
+def rate(step: int, steps: int, training: Training) -> float:
+    """The learning rate's factor at a step, from 0: rises linearly over the warm-up, then falls linearly towards zero."""
+    rising = math.ceil(training.warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return (steps - step) / (steps - rising) if training.decay else 1.0
+
+
+def learn(adapted: Adapted, setting: Setting, steps: Sequence[Sequence[Example]], training: Training, told: Told) -> list[Metric]:
+    """Train the slice through these steps; gives each step's mean loss before it was taken, weighted by what was learned.
+
+    The gradient is that of the mean over the whole step, however it is divided into passes. AdamW starts afresh in every
+    job. `told` hears of every step, and stops the training by raising. Raises NonFiniteSlice if the loss is no number.
+    """
+    trained = adapted.trained()
+    optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+    scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.half is torch.float16)
+    adapted.model.train()
+    losses: list[Metric] = []
+    for n, rows in enumerate(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = training.learning_rate * rate(n, len(steps), training)
+        weight = sum(example.weight(setting.task) for example in rows)
+        total = 0.0
+        for part in batches(rows, training.batch_size):
+            loss, _ = setting.loss(adapted.model, setting.batch(part))
+            torch.autograd.backward(scaler.scale(loss / weight))
+            total += loss.item()
+        if not math.isfinite(total):
+            raise errors.NonFiniteSlice(f"the training loss is {total} at step {n + 1} of {len(steps)}; a lower learning rate may help")
+        scaler.unscale_(optimiser)
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(trained, training.clip_norm)
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(Metric(value=total / weight, weight=weight))
+        told(n + 1, len(steps), total / weight)
+    return losses
+
+
+def mean(losses: Sequence[Metric]) -> Metric:
+    """The weighted mean of some losses."""
+    weight = sum(loss.weight for loss in losses)
+    return Metric(value=sum(loss.value * loss.weight for loss in losses) / weight, weight=weight)
+
+
+@torch.no_grad()
+def measure(adapted: Adapted, setting: Setting, examples: Sequence[Example], size: int, told: Told) -> dict[str, Metric]:
+    """How good the slice is on these rows.
+
+    Classification: loss and accuracy, weighted by rows, and f1. Language models: loss per learned token and its
+    exponential, the perplexity, weighted by tokens.
+    """
+    adapted.model.eval()
+    losses, right = [], []
+    parts = list(batches(examples, size))
+    for n, part in enumerate(parts, start=1):
+        batch = setting.batch(part)
+        loss, logits = setting.loss(adapted.model, batch)
+        losses.append(Metric(value=loss.item() / batch.weight, weight=batch.weight))
+        right.append(
+            torch.stack([batch.labels, logits.argmax(-1)]).cpu() if setting.task.kind == "sequence-classification" else torch.empty(2, 0)
+        )
+        told(n, len(parts), losses[-1].value)
+    loss_ = mean(losses)
+    if setting.task.kind != "sequence-classification":
+        return {"loss": loss_, "perplexity": Metric(value=math.exp(min(loss_.value, 700.0)), weight=loss_.weight)}
+    truth, guess = torch.cat(right, dim=1)
+    return {
+        "loss": loss_,
+        "accuracy": Metric(value=float((truth == guess).double().mean()), weight=len(truth)),
+        "f1": Metric(value=f1(truth, guess, len(setting.task.labels)), weight=len(truth)),
+    }
+
+
+def f1(truth: Tensor, guess: Tensor, classes: int) -> float:
+    """With two classes the F1 of the second; with more the mean over the classes that occur in truth or guess.
+
+    F1 = 2 tp / (2 tp + fp + fn); 0 where the second class neither occurs nor is guessed.
+    """
+    scores = []
+    for label in [1] if classes == 2 else range(classes):
+        hits = int(((truth == label) & (guess == label)).sum())
+        said = int((truth == label).sum()) + int((guess == label).sum())
+        if said or classes == 2:
+            scores.append(2 * hits / said if said else 0.0)
+    return sum(scores) / len(scores)

@@ -1,0 +1,107 @@
+"""What this machine can do: its device, memory, precisions, and the speed of a measured trial step."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from agent.policy import Policy
+from protocol import VERSION
+from protocol.messages import Dataset, Profile
+from protocol.plan import Dtype
+
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit, of which the machine's own memory says nothing
+WIDTH, HEADS, TOKENS, ROWS = 256, 4, 128, 8  # the trial step: one encoder block
+TRIALS = 3
+
+
+def device(wish: str) -> str:
+    """The torch device for a wish of the policy: auto takes CUDA where there is some. Raises RuntimeError if it is not there."""
+    if wish == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    torch.empty(1, device=wish)
+    return wish
+
+
+def precisions(device: str) -> list[Dtype]:
+    """The precisions in which the device trains well, float32 first."""
+    if device.startswith("cuda"):
+        half = Dtype.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else Dtype.float16
+        return [Dtype.float32, half]
+    if device == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported():
+        return [Dtype.float32, Dtype.bfloat16]
+    return [Dtype.float32]
+
+
+def memory_bytes(device: str) -> int:
+    """The memory that the device has: the accelerator's, or the machine's within the container's limit."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
+    return min(psutil.virtual_memory().total, int(limit)) if limit.isdigit() else psutil.virtual_memory().total
+
+
+def used_bytes(device: str) -> int:
+    """The memory that this process uses now; on CUDA the most that it used since `forget_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else psutil.Process().memory_info().rss
+
+
+def forget_peak(device: str) -> None:
+    """Let the peak of an accelerator's memory be counted anew."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def training_flops(device: str, dtype: Dtype) -> float:
+    """Floating-point operations per second of a trial step: the best of a few, forward and backward through a frozen block.
+
+    A block of width d takes 24 d² operations a token for its matrices and 4 T d for its attention; the backward pass to the
+    inputs takes as many again.
+    """
+    with torch.random.fork_rng(devices=[]):
+        block = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True).to(device).requires_grad_(False)
+        rows = torch.randn(ROWS, TOKENS, WIDTH, device=device, requires_grad=True)
+    half = torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype), enabled=dtype is not Dtype.float32)
+    seconds = []
+    for _ in range(TRIALS + 1):  # the first one warms up
+        start = time.perf_counter()
+        with half:
+            loss = block(rows).float().sum()
+        torch.autograd.backward(loss)
+        float(loss)  # waits for the accelerator
+        seconds.append(time.perf_counter() - start)
+    return 2 * ROWS * TOKENS * (24 * WIDTH**2 + 4 * TOKENS * WIDTH) / max(min(seconds[1:]), 1e-9)
+
+
+def profile(policy: Policy, datasets: dict[str, Dataset]) -> Profile:
+    """What the coordinator is told of this machine: what it has, or what its owner offers of that. Takes a fraction of a second."""
+    place = device(policy.device)
+    known = precisions(place)
+    return Profile(
+        device=torch.cuda.get_device_name(place) if place.startswith("cuda") else place,
+        cores=psutil.cpu_count() or 1,
+        memory_bytes=policy.offered(memory_bytes(place)),
+        training_flops=training_flops(place, known[-1]),
+        up_bytes_per_second=policy.up_bytes_per_second,
+        down_bytes_per_second=policy.down_bytes_per_second,
+        precisions=known,
+        datasets=datasets,
+        limits=policy.limits(),
+        software={"hlora": VERSION, "python": platform.python_version(), **_versions("torch", "transformers", "peft")},
+    )
+
+
+def _versions(*names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

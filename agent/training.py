@@ -1,0 +1,178 @@
+"""One job's work on this device: from the slice that was handed out to the trained slice, or to its measures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from agent import learning, machine
+from agent.data import Catalogue, Part
+from agent.encoding import Example, encode
+from agent.learning import Setting
+from agent.policy import Policy
+from modelling import adapters, base
+from modelling.adapters import Adapted
+from protocol import errors, slices
+from protocol.messages import Job, JobKind, Metric, Usage
+from protocol.plan import Dtype
+from protocol.slices import Label, Slice
+
+
+class Standing(NamedTuple):
+    """How far a job is."""
+
+    phase: str  # download, load, train, evaluate, upload
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to."""
+
+    examples: int  # rows trained on or measured
+    metrics: dict[str, Metric]
+    usage: Usage
+    slice: bytes | None = None  # the trained slice's file; none for an evaluation
+
+
+Tell = Callable[[Standing], None]  # hears of every step, and ends the work by raising
+Train = Callable[[Job, Slice, Tell], Outcome]
+
+
+@dataclass
+class Clocked:
+    """Times the steps of a job on their way to the listener, and watches the memory."""
+
+    tell: Tell
+    clock: Callable[[], float]
+    device: str
+    phase: str = ""
+    began: float = 0.0
+    marks: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    def start(self, phase: str) -> None:
+        """The steps of this phase begin now."""
+        self.phase, self.began = phase, self.clock()
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        self.marks.append(self.clock())
+        self.peak = max(self.peak, machine.used_bytes(self.device))
+        self.tell(Standing(self.phase, step, steps, loss))
+
+    def usage(self) -> Usage:
+        """What the steps cost."""
+        spans = [late - early for early, late in zip([self.began, *self.marks], self.marks, strict=False)]
+        return Usage(
+            seconds=max(0.0, self.marks[-1] - self.began),
+            steps=len(spans),
+            step_seconds=statistics.median(spans) or None,
+            peak_memory_bytes=self.peak,
+        )
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The real `Train`: transformers and peft on the device's own rows, repeatable from the job's seed."""
+
+    catalogue: Catalogue
+    policy: Policy = field(default_factory=Policy)
+    clock: Callable[[], float] = perf_counter
+
+    def __call__(self, job: Job, start: Slice, tell: Tell) -> Outcome:
+        """Do a job. Raises DataRefusal, ModelRefusal, MemoryRefusal, PolicyRefusal, MismatchedSlice, NonFiniteSlice."""
+        place = machine.device(self.policy.device)
+        _check_start(job, start)
+        self._check_memory(job, place)
+        tell(Standing("load"))
+        with _memory_translated(job):
+            half = precision(job, place)
+            found = base.load(job.model, job.task, device=place, dtype=None if half else torch.float32)
+            part = Part.train if job.kind is JobKind.train else Part.held_out
+            examples = encode(self.catalogue.rows(job.data, part), job.task, found.tokenizer, job.data)
+            setting = Setting(job.task, found.tokenizer.pad_token_id, found.device, half)
+            clocked = Clocked(tell, self.clock, place)
+            machine.forget_peak(place)
+            devices = [found.device] if found.device.type == "cuda" else []
+            with adapters.adapted(found, start, job.layout, job.adapter.dropout, job.task) as adapted, torch.random.fork_rng(devices):
+                torch.manual_seed(job.seed)
+                work = self._train if job.kind is JobKind.train else self._evaluate
+                return work(job, adapted, setting, examples, clocked)
+
+    def _check_memory(self, job: Job, place: str) -> None:
+        offered = self.policy.offered(machine.memory_bytes(place))
+        size = 4 if job.training.precision == "float32" else 2
+        if (needed := size * job.layout.base.parameters) > offered:
+            raise errors.MemoryRefusal(
+                f"{job.model.id} alone takes {needed} bytes; {offered} are offered (memory_share, memory_bytes in policy.toml)",
+                needed=needed,
+                offered=offered,
+            )
+
+    def _train(self, job: Job, adapted: Adapted, setting: Setting, examples: list[Example], clocked: Clocked) -> Outcome:
+        steps = learning.schedule(examples, job.training, torch.Generator().manual_seed(job.seed))
+        self.policy.check_steps(len(steps))
+        clocked.start("train")
+        losses = learning.learn(adapted, setting, steps, job.training, clocked)
+        tenth = max(1, len(losses) // 10)
+        count = min(len(examples), sum(len(rows) for rows in steps))
+        label = Label(rank=job.rank, scale=job.scale, round=job.round, base=job.slice.digest, examples=count)
+        trained = Slice(label, adapted.factors(), adapted.full())
+        return Outcome(
+            examples=count,
+            metrics={"loss_before": learning.mean(losses[:tenth]), "loss_after": learning.mean(losses[-tenth:])},
+            usage=clocked.usage(),
+            slice=slices.pack(trained, job.layout, job.wire),
+        )
+
+    def _evaluate(self, job: Job, adapted: Adapted, setting: Setting, examples: list[Example], clocked: Clocked) -> Outcome:
+        # In the precision of the weights themselves, so that PEFT gives the same logits for the same slice.
+        weights = adapted.model.dtype
+        plain = replace(setting, half=None if weights is torch.float32 else weights)
+        clocked.start("evaluate")
+        metrics = learning.measure(adapted, plain, examples, job.training.batch_size, clocked)
+        return Outcome(examples=len(examples), metrics=metrics, usage=clocked.usage())
+
+
+def precision(job: Job, place: str) -> torch.dtype | None:
+    """The lower precision in which the matrices are multiplied; none for float32 throughout."""
+    wish = job.training.precision
+    chosen = machine.precisions(place)[-1] if wish == "auto" else Dtype(wish)
+    return None if chosen is Dtype.float32 else slices.TORCH_DTYPES[chosen]
+
+
+def _check_start(job: Job, start: Slice) -> None:
+    """Raises MismatchedSlice unless the slice handed out is the job's."""
+    for what, came, wanted in (
+        ("rank", start.label.rank, job.rank),
+        ("scale", start.label.scale, job.scale),
+        ("modules", start.factors.keys(), job.layout.modules.keys()),
+        ("full tensors", start.full.keys(), job.layout.full.keys()),
+    ):
+        if came != wanted:
+            raise errors.MismatchedSlice(f"the {what} of the slice that was handed out are not the job's", slice=job.slice.digest)
+
+
+@contextmanager
+def _memory_translated(job: Job) -> Iterator[None]:
+    """Memory that ran out becomes a MemoryRefusal."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise errors.MemoryRefusal(
+            f"rank {job.rank} with {job.training.batch_size} rows of up to {job.task.max_length} tokens does not fit this device's "
+            "memory: offer less in policy.toml (memory_bytes), or plan smaller batches with more accumulation",
+            rank=job.rank,
+        ) from error
