@@ -15,7 +15,7 @@ from typing import ClassVar, TypeGuard
 
 from pydantic import ValidationError
 
-from coordinator.lowrank import Stored, Sum
+from coordinator.sums import Stored, Sum
 from protocol import errors
 from protocol.messages import Description
 from protocol.plan import Choice, Strict

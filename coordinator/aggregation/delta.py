@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from coordinator.aggregation import Given, ModuleRound, Strategy
-from coordinator.lowrank import Sum, Term
+from coordinator.sums import Sum, Term
 
 
 class Delta(Strategy):

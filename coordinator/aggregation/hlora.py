@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coordinator.aggregation import ModuleRound, Strategy
-from coordinator.lowrank import Sum, Term
+from coordinator.sums import Sum, Term
 
 
 class HLoRA(Strategy):
