@@ -122,9 +122,11 @@ def _description(name: str, kind: type[Policy]) -> Description:
 
 def fits(plan: Plan, candidate: Candidate) -> str | None:
     """Why the candidate cannot be given even the smallest rank that the policy would give; None if it can."""
-    rungs = allowed(plan, candidate.profile)
+    rungs, most = allowed(plan, candidate.profile), candidate.profile.limits.max_steps
     if not rungs:
         return f"{owner_words(candidate.profile)}, and the plan's smallest rank {plan.ranks.ladder[0]} is more than that"
+    if most is not None and (steps := plan.training.steps(examples(plan, candidate))) > most:
+        return f"the device's owner allows at most {most:,} steps a job; the plan takes {steps:,} unless training.max_steps says less"
     return configured(plan.ranks).obstacle(plan, candidate, rungs)
 
 
@@ -154,6 +156,12 @@ def slice_bytes(plan: Plan, rank: int) -> int:
     shapes = layout(plan)
     header = sum(2 * (len(name) + ENTRY_BYTES) for name in shapes.modules) + sum(len(name) + ENTRY_BYTES for name in shapes.full)
     return plan.wire.size * shapes.numbers(rank) + header
+
+
+def examples(plan: Plan, candidate: Candidate) -> int:
+    """The client's rows to train on."""
+    dataset = candidate.profile.datasets.get(plan.data)
+    return dataset.train if dataset else 0
 
 
 def allowed(plan: Plan, profile: Profile) -> list[int]:

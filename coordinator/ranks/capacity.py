@@ -3,11 +3,12 @@
 With P parameters, L layers, width H and vocabulary V of the base, T = max_length tokens a row, B rows a forward pass,
 N(r) = layout.numbers(r) numbers in a slice of rank r, and examples n, each consideration compares a need with a budget:
 
-memory, bytes      4 P  weights (2 P where the plan asks for a half precision)
-                   + 4·17 B T L H  activations kept for the backward pass (2·17 … in half precision; 34 s b h bytes a layer in
-                     16 bits, of Korthikanti et al. 2022, eq. 2, without attention scores, which block-wise attention does
-                     not keep) + 8 B T V for a language model's logits and their gradient + 4 B T r for each adapted module
+memory, bytes      c P  weights, with c = 2 bytes a number where the plan and the device go down to half precision, otherwise 4
+                   + c 17 B T L H  activations kept for the backward pass (34 s b h bytes a layer in 16 bits, of Korthikanti
+                     et al. 2022, eq. 2, without attention scores, which block-wise attention does not keep)
+                   + 8 B T V  for a language model's logits and their gradient + 4 B T r for each adapted module
                    + 16 N(r)  trained numbers, gradient, and both moments of AdamW, in float32
+                   + 4·10⁸ where training uses the machine's own memory: the process with its libraries (measured: 382 MiB)
                    ≤ memory_share · memory_bytes
 link, seconds      S(r) / down + S(r) / up, with S(r) the bytes of a slice on the wire   ≤ link_share · times.job
 time, seconds      steps(n) · F(r) / training_flops, where a step of B · accumulate rows costs
@@ -39,9 +40,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from coordinator.ranks import Candidate, Policy, Population, layout, owner_words, slice_bytes
+from coordinator.ranks import Candidate, Policy, Population, examples, layout, owner_words, slice_bytes
 from protocol.messages import RankView
-from protocol.plan import CausalLM, Plan, Share
+from protocol.plan import CausalLM, Dtype, Plan, Share
+
+PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -123,16 +126,19 @@ def _least(demands: Sequence[Demand], rungs: Sequence[int], spare: float = 0.0) 
 
 
 def _memory(plan: Plan, candidate: Candidate, share: float) -> Demand:
-    base, rows = layout(plan).base, plan.training.batch_size * plan.task.max_length
-    width = 2 if plan.training.precision in ("bfloat16", "float16") else 4
+    base, rows, profile = layout(plan).base, plan.training.batch_size * plan.task.max_length, candidate.profile
+    wish = plan.training.precision
+    half = wish != "float32" if wish != "auto" else set(profile.precisions) != {Dtype.float32}
+    width = 2 if half else 4
     logits = 8 * rows * base.vocabulary if isinstance(plan.task, CausalLM) else 0
-    fixed = width * base.parameters + width * 17 * rows * base.layers * base.hidden + logits
+    process = PROCESS_BYTES if profile.device == "cpu" else 0
+    fixed = width * base.parameters + width * 17 * rows * base.layers * base.hidden + logits + process
 
     def own(rank: int) -> int:
         """The part that grows with the rank."""
         return 16 * layout(plan).numbers(rank) + 4 * rows * rank * len(layout(plan).modules)
 
-    measured, total = candidate.measured, candidate.profile.memory_bytes
+    measured, total = candidate.measured, profile.memory_bytes
     peak = measured.usage.peak_memory_bytes if measured else None
     if measured and peak:
         start, source = peak - own(measured.rank), f"{_bytes(peak)} measured at rank {measured.rank}"
@@ -164,7 +170,7 @@ def _time(plan: Plan, candidate: Candidate, share: float) -> Demand:
         """Floating-point operations of one optimiser step."""
         return training.batch_size * training.accumulate * task.max_length * (4 * used + 6 * layout(plan).numbers(rank))
 
-    steps = training.steps(_examples(plan, candidate))
+    steps = training.steps(examples(plan, candidate))
     measured = candidate.measured
     step = measured.usage.step_seconds if measured else None
     if measured and step:
@@ -180,16 +186,11 @@ def _data(plan: Plan, candidate: Candidate, population: Population) -> Demand:
         """Degrees of freedom of an update of that rank, over all modules."""
         return sum(rank * (n_out + n_in - rank) for n_out, n_in in layout(plan).modules.values())
 
-    mine = _examples(plan, candidate)
+    mine = examples(plan, candidate)
     typical = median_low(population.examples) if population.examples else 0
     words = f"its {mine:,} examples (the typical client has {typical:,}) support at most rank {{rank}}"
     budget = mine * freedom(plan.ranks.ladder[-1]) if typical else math.inf
     return Demand("data", lambda rank: typical * freedom(rank), budget, words, lambda amount: f"{amount:.3g}")
-
-
-def _examples(plan: Plan, candidate: Candidate) -> int:
-    dataset = candidate.profile.datasets.get(plan.data)
-    return dataset.train if dataset else 0
 
 
 def _bytes(amount: float) -> str:

@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from coordinator.ranks import Candidate, Measured
 from protocol.messages import Dataset, Limits, Profile, Usage
-from protocol.plan import Adapter, BaseFacts, Cohort, Layout, Model, Plan, Ranks, SequenceClassification, Times, Training
+from protocol.plan import Adapter, BaseFacts, Cohort, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Times, Training
 
 LAYOUT = Layout(modules={"one": (64, 64), "two": (64, 64)}, base=BaseFacts(parameters=1_000_000, layers=2, hidden=64, vocabulary=1_000))
 
@@ -42,6 +42,9 @@ def make_candidate(
     examples: int = 80,
     largest_rank: int | None = None,
     max_bytes: int | None = None,
+    max_steps: int | None = None,
+    device: str = "cpu",
+    precisions: tuple[Dtype, ...] = (Dtype.float32,),
     labels: dict[str, str] | None = None,
     measured: Measured | None = None,
     previous: int | None = None,
@@ -53,7 +56,9 @@ def make_candidate(
         up_bytes_per_second=link,
         down_bytes_per_second=link,
         datasets={"texts": Dataset(train=examples)},
-        limits=Limits(largest_rank=largest_rank, max_bytes=max_bytes),
+        limits=Limits(largest_rank=largest_rank, max_bytes=max_bytes, max_steps=max_steps),
+        device=device,
+        precisions=list(precisions),
     )
     return Candidate(name="phone", labels=labels or {}, profile=profile, measured=measured, previous=previous)
 

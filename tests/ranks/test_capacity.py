@@ -10,13 +10,14 @@ from coordinator import ranks
 from coordinator.ranks import Candidate, Measured, Population
 from protocol import errors
 from protocol.messages import RankView
-from protocol.plan import CausalLM, Plan
+from protocol.plan import CausalLM, Dtype, Plan
 from tests.ranks.small import make_candidate, make_measured, make_plan
 
 EQUALS = Population((80, 80, 80))
 LADDER = [2, 4, 8, 16]
 
-memories = st.integers(5_000_000, 8_000_000)  # the estimate for rank 2 is 5.1 MB, for rank 16 5.3 MB, of which 80 % may be used
+# the estimate for rank 2 is 405.12 MB, for rank 16 405.20 MB, of which 80 % may be used; a quarter more with head-room
+memories = st.integers(506_300_000, 506_600_000) | st.integers(500_000_000, 640_000_000)
 speeds = st.floats(1e6, 1e10)
 links = st.floats(100, 20_000)
 rows = st.integers(0, 400)
@@ -38,18 +39,38 @@ def test_memory_holds_base_activations_and_optimiser_state() -> None:
     # 4·10⁶ + 4·17·128·2·64 = 5,114,112; and for each rank 16·256 of training state and 4·128·2 of activations: 5,120
     needed = 5_114_112 + 8 * 5_120
     plan = make_plan(options={"memory_share": 0.5})
-    assert choose(make_candidate(memory=2 * needed), plan).limits["memory"] == 8
-    assert choose(make_candidate(memory=2 * needed - 2), plan).limits["memory"] == 4
+    assert choose(make_candidate(device="H200", memory=2 * needed), plan).limits["memory"] == 8
+    assert choose(make_candidate(device="H200", memory=2 * needed - 2), plan).limits["memory"] == 4
 
 
-def test_a_language_models_logits_count_and_half_precision_halves_the_base() -> None:
+def test_on_the_machines_own_memory_the_process_counts_too() -> None:
+    needed, plan = 400_000_000 + 5_114_112 + 8 * 5_120, make_plan(options={"memory_share": 1.0})
+    assert choose(make_candidate(device="cpu", memory=needed), plan).limits["memory"] == 8
+    assert choose(make_candidate(device="cpu", memory=needed - 1), plan).limits["memory"] == 4
+
+
+@pytest.mark.parametrize(
+    ("wish", "precisions", "width"),
+    [
+        ("auto", (Dtype.float32,), 4),
+        ("auto", (Dtype.float32, Dtype.bfloat16), 2),
+        ("float32", (Dtype.float32, Dtype.bfloat16), 4),
+        ("float16", (Dtype.float32,), 2),
+    ],
+)
+def test_half_precision_halves_base_and_activations(wish: str, precisions: tuple[Dtype, ...], width: int) -> None:
     plan = make_plan(options={"memory_share": 1.0})
-    causal = plan.model_copy(update={"task": CausalLM(max_length=16)})
-    half = plan.model_copy(update={"training": plan.training.model_copy(update={"precision": "bfloat16"})})
-    state, half_base, logits = 16 * 5_120, 5_114_112 // 2, 8 * 128 * 1_000
-    for variant, needed in ((causal, 5_114_112 + logits + state), (half, half_base + state)):
-        assert choose(make_candidate(memory=needed), variant).limits["memory"] == 16
-        assert choose(make_candidate(memory=needed - 1), variant).limits["memory"] == 8
+    plan = plan.model_copy(update={"training": plan.training.model_copy(update={"precision": wish})})
+    needed = 5_114_112 // 4 * width + 16 * 5_120
+    assert choose(make_candidate(device="H200", memory=needed, precisions=precisions), plan).limits["memory"] == 16
+    assert choose(make_candidate(device="H200", memory=needed - 1, precisions=precisions), plan).limits["memory"] == 8
+
+
+def test_a_language_models_logits_count() -> None:
+    plan = make_plan(options={"memory_share": 1.0}).model_copy(update={"task": CausalLM(max_length=16)})
+    needed = 5_114_112 + 8 * 128 * 1_000 + 16 * 5_120
+    assert choose(make_candidate(device="H200", memory=needed), plan).limits["memory"] == 16
+    assert choose(make_candidate(device="H200", memory=needed - 1), plan).limits["memory"] == 8
 
 
 def test_the_measured_peak_replaces_the_estimate() -> None:
@@ -136,7 +157,7 @@ def test_a_client_with_as_many_examples_as_all_others_can_rise() -> None:
 @pytest.mark.parametrize(
     ("candidate", "reason"),
     [
-        (make_candidate(memory=1_000_000), "memory: it needs 5.12 MB, and 800 kB may be used"),
+        (make_candidate(memory=1_000_000), "memory: it needs 405 MB, and 800 kB may be used"),
         (make_candidate(link=10), "link: it needs 514 s, and 25 s may be used"),
         (make_candidate(speed=1e6), "time: it needs 4.8e+03 s, and 75 s may be used"),
     ],

@@ -60,7 +60,7 @@ def test_a_name_that_is_not_in_the_folder_loads_nothing(wrong: str) -> None:
 
 @each_policy
 @given(
-    memory=st.integers(10**6, 10**8),
+    memory=st.integers(5 * 10**8, 10**9),
     speed=st.floats(1e7, 1e12),
     link=st.none() | st.floats(100, 1e7),
     examples=st.integers(0, 500),
@@ -103,6 +103,15 @@ def test_an_owner_who_allows_less_than_the_smallest_rank_is_left_out_and_told_wh
     plan = make_plan(name, (2, 4, 16), OPTIONS.get(name))
     assert ranks.fits(plan, make_candidate(largest_rank=1)) == (
         "the device's owner allows at most rank 1, and the plan's smallest rank 2 is more than that"
+    )
+
+
+@each_policy
+def test_an_owner_who_allows_fewer_steps_than_the_plan_takes_is_left_out_and_told_why(name: str) -> None:
+    plan = make_plan(name, (2, 4, 16), OPTIONS.get(name))  # eighty rows are ten steps
+    assert ranks.fits(plan, make_candidate(max_steps=10)) is None
+    assert ranks.fits(plan, make_candidate(max_steps=9)) == (
+        "the device's owner allows at most 9 steps a job; the plan takes 10 unless training.max_steps says less"
     )
 
 
