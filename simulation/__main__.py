@@ -1,0 +1,89 @@
+"""The simulation's command: `python -m simulation PLAN FLEET`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protocol import errors
+
+if TYPE_CHECKING:
+    from protocol.plan import Plan
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(help="the plan, as TOML", exists=True, dir_okay=False)],
+    fleet: Annotated[Path, typer.Argument(help="folder with one agent's home folder per device", exists=True, file_okay=False)],
+    out: Annotated[Path | None, typer.Option(help="folder for database, blobs and adapter; by default nothing is kept")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="instead of the plan's number of rounds")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="instead of the plan's seed")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per round")] = False,
+) -> None:
+    """Carry out a plan with many real agents and the real coordinator in one process.
+
+    Each device is an agent's home folder (datasets.toml, policy.toml) with an optional machine.toml that says what its
+    machine can do. Time is simulated, so results repeat: two runs with the same seed publish the same bytes.
+    """
+    with _refusals_told():
+        asyncio.run(_simulate(plan, fleet, out, rounds, seed, as_json))
+
+
+async def _simulate(file: Path, fleet: Path, out: Path | None, rounds: int | None, seed: int | None, as_json: bool) -> None:
+    import structlog
+    import torch
+
+    from simulation import device
+    from simulation.federation import federation
+    from simulation.report import Report
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))  # warnings and worse
+    torch.set_num_threads(1)  # the same numbers whatever the machine, and one core left for merging
+    plan = read_plan(file, {"rounds": rounds, "seed": seed})
+    if out is not None and (out / "hlora.sqlite").exists():
+        raise errors.Conflict(f"{out} holds a federation already; choose another folder")
+    with tempfile.TemporaryDirectory(prefix="hlora-") as scratch:
+        report = Report(as_json)
+        async with federation(device.fleet(fleet), out or Path(scratch)) as found:
+            async for run in found.run(plan):
+                await report.follow(found, run)
+
+
+def read_plan(file: Path, instead: dict[str, int | None]) -> Plan:
+    from pydantic import ValidationError
+
+    from modelling.layout import resolve
+    from protocol.plan import Plan
+
+    try:
+        told = tomllib.loads(file.read_text()) | {name: value for name, value in instead.items() if value is not None}
+        return resolve(Plan.model_validate(told))
+    except tomllib.TOMLDecodeError as error:
+        raise errors.InvalidPlan(f"{file} is no TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise errors.InvalidPlan(f"{file}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """A refusal ends the command with one line on stderr, not with a trace."""
+    try:
+        yield
+    except errors.HLoRAError as error:
+        typer.echo(f"{error.title()}: {error.detail}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,141 @@
+"""Many real agents and the real application in one process: time is ours, so results repeat.
+
+Nothing stands between an agent's step and the database but an ASGI transport. What differs from a real federation is
+chosen by whoever builds the parts: the network, the clock, and the machine's figures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+from pydantic import SecretStr
+from sqlalchemy.orm import Session
+
+from agent.client import Client
+from agent.loop import Loop
+from agent.training import Train, Trainer
+from coordinator import access, app, schema
+from coordinator.context import Context
+from coordinator.settings import Settings
+from protocol.messages import Enrol, EnrolmentMade, EnrolmentRequest, Role, RoundView, RunDetail, RunState, TokenRequest
+from protocol.plan import Plan
+from simulation.device import Device
+
+URL = "http://localhost"  # only a name: no packet leaves the process
+SWEEP = timedelta(seconds=1)  # simulated time of one look at every agent
+
+
+@dataclass
+class Time:
+    """A clock that somebody moves."""
+
+    now: datetime = datetime(2000, 1, 1, tzinfo=UTC)
+
+    def __call__(self, _: Session) -> datetime:
+        return self.now
+
+    def pass_by(self, span: timedelta) -> None:
+        self.now += span
+
+
+@dataclass
+class Federation:
+    """A coordinator and its agents, ready to be swept over."""
+
+    context: Context
+    time: Time
+    operator: httpx.AsyncClient
+    loops: Sequence[Loop] = field(default_factory=list)
+
+    async def start(self, plan: Plan) -> str:
+        """Make the run of a resolved plan; gives its id."""
+        return RunDetail.model_validate_json(await self._call("POST", "/v1/runs", plan.model_dump_json())).id
+
+    async def sweep(self) -> None:
+        """One look of the conductor, then one question for work of every agent, in the order of their names."""
+        self.time.pass_by(SWEEP)
+        while self.context.conductor.tick():
+            pass
+        for loop in self.loops:
+            await loop.step()
+
+    async def run(self, plan: Plan) -> AsyncIterator[RunDetail]:
+        """Carry a plan out; gives the run after every sweep, until it is over."""
+        id = await self.start(plan)
+        while True:
+            await self.sweep()
+            detail = await self.look(id)
+            yield detail
+            if detail.state is not RunState.running:
+                return
+
+    async def look(self, id: str) -> RunDetail:
+        """Where a run stands."""
+        return RunDetail.model_validate_json(await self._call("GET", f"/v1/runs/{id}"))
+
+    async def round(self, id: str, number: int) -> RoundView:
+        """One round, whole."""
+        return RoundView.model_validate_json(await self._call("GET", f"/v1/runs/{id}/rounds/{number}"))
+
+    async def rounds(self, id: str) -> list[RoundView]:
+        """All published rounds, whole."""
+        detail = await self.look(id)
+        return [await self.round(id, number) for number in range(detail.round + 1)]
+
+    async def adapter(self, id: str, rank: int) -> bytes:
+        """The newest adapter as a zip archive of a PEFT folder."""
+        return await self._call("GET", f"/v1/runs/{id}/adapter?rank={rank}")
+
+    async def _call(self, method: str, path: str, body: str | None = None) -> bytes:
+        answer = await self.operator.request(method, path, content=body, headers={"Content-Type": "application/json"})
+        answer.raise_for_status()
+        return answer.content
+
+
+@asynccontextmanager
+async def federation(
+    devices: Sequence[Device], folder: Path, *, train: Train | None = None, executor: str = "threads://"
+) -> AsyncIterator[Federation]:
+    """A federation of these devices with its files in a folder; `train`, if given, takes the place of each device's own training."""
+    settings = Settings(data=folder, executor=executor, poll_seconds=300)
+    schema.migrate(settings.database)
+    time = Time()
+    context = app.build(settings, clock=time)
+    transport = httpx.ASGITransport(app=app.create_app(context))
+    async with AsyncExitStack() as stack:
+        stack.callback(context.close)
+        operator = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url=URL, headers=_operator(context)))
+        found = Federation(context=context, time=time, operator=operator)
+        loops = []
+        for device in sorted(devices, key=lambda device: device.name):
+            client = await stack.enter_async_context(Client(URL, await _enrol(found, device, transport), transport=transport))
+            own = train or Trainer(device.catalogue, device.policy)
+            work = folder / "agents" / device.name
+            loops.append(Loop(client, device.trains(own), device.policy, work, wait_seconds=0, clock=_frozen, chance=random.Random(0)))
+        found.loops = loops
+        yield found
+
+
+def _frozen() -> float:
+    """No time passes while a slice travels: the link's figures are the machine's, not this process's."""
+    return 0.0
+
+
+def _operator(context: Context) -> dict[str, str]:
+    with context.database.write() as session:
+        made = access.make_token(session, TokenRequest(name="simulation", role=Role.admin), context.database.clock(session))
+    return {"Authorization": f"Bearer {made.token}"}
+
+
+async def _enrol(federation: Federation, device: Device, transport: httpx.ASGITransport) -> SecretStr:
+    request = EnrolmentRequest(labels=device.machine.labels)
+    enrolment = EnrolmentMade.model_validate_json(await federation._call("POST", "/v1/enrolments", request.model_dump_json()))
+    async with Client(URL, transport=transport) as client:
+        enrolled = await client.enrol(SecretStr(enrolment.token), Enrol(name=device.name, profile=device.profile()))
+    return SecretStr(enrolled.credential)
