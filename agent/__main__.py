@@ -51,6 +51,22 @@ def run(home: Home = None) -> None:
         asyncio.run(agent.run(_settings(home)))
 
 
+@app.command()
+def doctor(
+    model: Annotated[list[str] | None, typer.Option(help="a base model that runs will use; may be repeated")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON list")] = False,
+    home: Home = None,
+) -> None:
+    """Check policy, device, memory, data, models, credential and coordinator, and say what to mend."""
+    import json
+
+    from agent import doctor
+
+    findings = asyncio.run(doctor.examine(_settings(home), model or []))
+    typer.echo(json.dumps([finding.facts() for finding in findings]) if as_json else "\n".join(finding.line() for finding in findings))
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
 def _settings(home: Path | None) -> Settings:
     from agent import app as agent
     from agent.settings import Settings

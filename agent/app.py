@@ -78,6 +78,5 @@ async def run(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, loop.stopping.set)
         log.info("agent-started", client=who.name, coordinator=who.url)
-        await client.put_profile(await asyncio.to_thread(profile, home, allowed))
-        await loop.run()
+        await loop.run(await asyncio.to_thread(profile, home, allowed))
         log.info("agent-stopped")

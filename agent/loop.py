@@ -23,11 +23,14 @@ from agent.client import Client
 from agent.policy import Policy
 from agent.training import Outcome, Standing, Train
 from protocol import errors, slices
-from protocol.messages import BlobRef, GiveBack, Job, Progress, Result, Verdict
+from protocol.messages import BlobRef, GiveBack, Job, Profile, Progress, Result, Verdict
 
 log = structlog.get_logger("agent")
 RENEWALS = 3  # per lease, so that two may be lost
 LONGEST_REST = 300.0  # seconds between questions after jobs that this device could not do
+
+
+HOPELESS = (errors.Unauthenticated, errors.Forbidden, errors.OutdatedAgent, errors.InvalidRequest)
 
 
 class Step(StrEnum):
@@ -69,18 +72,24 @@ class Loop:
     chance: random.Random = field(default_factory=random.Random)
     pause_seconds: float = 0.0  # that the coordinator asked for with its last answer
 
-    async def run(self) -> None:
-        """Ask and work until told to stop. Raises Unauthenticated, Forbidden, OutdatedAgent: what asking again cannot mend."""
-        failures = 0
+    async def run(self, profile: Profile) -> None:
+        """Tell the profile, then ask and work until told to stop.
+
+        Raises Unauthenticated, Forbidden, OutdatedAgent, InvalidRequest: what asking again cannot mend.
+        """
+        told, failures = False, 0
         while not self.stopping.is_set():
             if not self.policy.may_work(self.now().time()):
                 await self._rest(60.0)
                 continue
             try:
+                if not told:
+                    await self.client.put_profile(profile)
+                    told = True
                 came = await self.step()
+            except HOPELESS:
+                raise
             except errors.HLoRAError as error:
-                if isinstance(error, (errors.Unauthenticated, errors.Forbidden, errors.OutdatedAgent)):
-                    raise
                 log.warning("coordinator-unavailable", problem=error.slug(), detail=error.detail)
                 came = Step.given_back
             failures = failures + 1 if came is Step.given_back else 0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from agent.policy import Policy
-from protocol import VERSION
+from protocol import VERSION, errors
 from protocol.messages import Dataset, Profile
 from protocol.plan import Dtype
 
@@ -22,10 +22,13 @@ TRIALS = 3
 
 
 def device(wish: str) -> str:
-    """The torch device for a wish of the policy: auto takes CUDA where there is some. Raises RuntimeError if it is not there."""
+    """The torch device for a wish of the policy: auto takes CUDA where there is some. Raises PolicyRefusal if it is not there."""
     if wish == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=wish)
+    try:
+        torch.empty(1, device=wish)
+    except (RuntimeError, AssertionError) as error:
+        raise errors.PolicyRefusal(f"the policy's device is {wish}, which torch cannot use here; choose another, or auto") from error
     return wish
 
 
@@ -74,7 +77,7 @@ def training_flops(device: str, dtype: Dtype) -> float:
         with half:
             loss = block(rows).float().sum()
         torch.autograd.backward(loss)
-        float(loss)  # waits for the accelerator
+        float(loss.detach())  # waits for the accelerator
         seconds.append(time.perf_counter() - start)
     return 2 * ROWS * TOKENS * (24 * WIDTH**2 + 4 * TOKENS * WIDTH) / max(min(seconds[1:]), 1e-9)
 
