@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -97,8 +96,7 @@ def _dataset(catalogue: Catalogue, alias: str) -> str:
 
 
 def _model(name: str, allowed: Policy) -> str:
-    if allowed.models is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed.models):
-        raise errors.PolicyRefusal(f"{name} is not among the policy's models ({', '.join(allowed.models)})")
+    allowed.check_model(name)
     place = checkpoint.folder(Model(id=name))
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     offered = allowed.offered(machine.memory_bytes(machine.device(allowed.device)))

@@ -1,4 +1,4 @@
-"""Slices in models: put into a base model for one job and taken out again, and adapters loaded from PEFT folders."""
+"""Slices in models: put into a base model for one job and taken out again."""
 
 from __future__ import annotations
 

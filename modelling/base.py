@@ -67,6 +67,11 @@ def skeleton(model: Model, task: Task) -> Base:
     return _open(checkpoint.folder(model), task.kind, _labels(task), device_map="meta")
 
 
+def copy(model: Model, task: Task) -> Base:
+    """The base model for a task, in its checkpoint's dtype, for a borrower who will change it."""
+    return _open(checkpoint.folder(model), task.kind, _labels(task), dtype="auto")
+
+
 def whole_modules(model: nn.Module, tensors: Set[str]) -> list[str]:
     """The largest modules all of whose parameters are among those named."""
     whole: list[str] = []
