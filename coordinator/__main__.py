@@ -28,7 +28,6 @@ def serve(
     chosen: dict[str, object] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=chosen)
     _configure_logs(settings)
-    settings.data.mkdir(parents=True, exist_ok=True)
     schema.migrate(settings.database)
     parts = application.build(settings)
     _greet(parts.database.engine.url.render_as_string(), settings)
@@ -41,7 +40,6 @@ def migrate() -> None:
     from coordinator import schema
 
     settings = _settings()
-    settings.data.mkdir(parents=True, exist_ok=True)
     typer.echo(schema.migrate(settings.database))
 
 
@@ -59,7 +57,6 @@ def token(
     from protocol.messages import TokenRequest
 
     settings = _settings()
-    settings.data.mkdir(parents=True, exist_ok=True)
     schema.migrate(settings.database)
     try:
         request = TokenRequest(name=name, role=role)

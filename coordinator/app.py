@@ -30,7 +30,6 @@ what they trained; operators make runs and follow their rounds. Every refusal is
 
 def build(settings: Settings, clock: Clock = database_clock) -> Context:
     """The coordinator's parts, connected. Raises InvalidRequest for an executor or store that does not exist."""
-    settings.data.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database, clock)
     blobs = Blobs.open(settings.blobs)
     executor = open_executor(settings.executor)

@@ -1,0 +1,150 @@
+"""Whole federations in one process: the real agents, the real application, and time that is ours."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from agent.data import Part
+from modelling.layout import resolve
+from protocol.messages import RoundState, RunState
+from protocol.plan import Plan
+from simulation import device
+from simulation.federation import federation
+from tests.tiny import tiny_encoder
+
+ANIMALS = ("cow", "hen", "owl", "cat", "dog", "fox")
+TOOLS = ("saw", "axe", "awl", "hoe", "nut", "jig")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("model") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four devices: two with many rows, one with few, one behind a slow link."""
+    folder = tmp_path_factory.mktemp("fleet")
+    for n, (name, rows, link) in enumerate([("amy", 48, 1e6), ("bob", 48, 1e6), ("cid", 12, 1e6), ("dot", 48, 120.0)]):
+        home = folder / name
+        home.mkdir()
+        lines = [_row(n * 100 + i) for i in range(rows)]
+        (home / "things.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        (home / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\n')
+        (home / "machine.toml").write_text(f"up_bytes_per_second = {link}\ndown_bytes_per_second = {link}\n")
+    return folder
+
+
+def _row(n: int) -> dict[str, str]:
+    words, label = (ANIMALS, "animal") if n % 2 else (TOOLS, "tool")
+    return {"text": f"the {words[n % 6]} is {words[(n // 6) % 6]}", "label": label}
+
+
+def _plan(model: Path, **changes: object) -> Plan:
+    told: dict[str, object] = {
+        "name": "things",
+        "model": {"id": str(model)},
+        "task": {"labels": ["animal", "tool"], "kind": "sequence-classification", "max_length": 16},
+        "data": "things",
+        "adapter": {"modules": ["query", "value"]},
+        "training": {"learning_rate": 0.02, "batch_size": 4, "precision": "float32", "epochs": 2},
+        "ranks": {"name": "capacity", "ladder": [1, 2, 4, 8]},
+        "cohort": {"target": 4, "quorum": 2},
+        "times": {"job": 300, "round": 600, "lease": 60},
+        "rounds": 3,
+    }
+    return resolve(Plan.model_validate(told | changes))
+
+
+async def _digests(plan: Plan, fleet: Path, folder: Path, executor: str = "threads://") -> list[str]:
+    async with federation(device.fleet(fleet), folder, executor=executor) as found:
+        last = [run async for run in found.run(plan)][-1]
+        assert last.state is RunState.finished, last.reason
+        rounds = await found.rounds(last.id)
+    return [round.adapter.digest for round in rounds if round.adapter is not None]
+
+
+async def test_a_federation_learns_and_each_device_trains_the_rank_that_it_can_afford(model: Path, fleet: Path, tmp_path: Path) -> None:
+    async with federation(device.fleet(fleet), tmp_path) as found:
+        run = [run async for run in found.run(_plan(model, rounds=6))][-1]
+        rounds = await found.rounds(run.id)
+
+    assert run.state is RunState.finished
+    assert [round.state for round in rounds] == [RoundState.published] * 7
+    assert rounds[-1].metrics["loss"] < rounds[0].metrics["loss"] - 0.2
+    ranks = {job.client_name: job.rank.rank for job in rounds[1].jobs if job.kind == "train"}
+    assert ranks["amy"] == ranks["bob"] == 8
+    assert ranks["cid"] < 8
+    assert ranks["dot"] < 8
+    assert sum(job.weight for job in rounds[1].jobs if job.weight is not None) == pytest.approx(1)
+
+
+async def test_the_same_seed_publishes_the_same_bytes_and_another_seed_others(model: Path, fleet: Path, tmp_path: Path) -> None:
+    first = await _digests(_plan(model), fleet, tmp_path / "first")
+    again = await _digests(_plan(model), fleet, tmp_path / "again")
+    other = await _digests(_plan(model, seed=1), fleet, tmp_path / "other")
+
+    assert first == again
+    assert len(set(first)) == 4
+    assert set(first).isdisjoint(other)
+
+
+async def test_the_bytes_do_not_depend_on_where_modules_are_merged(model: Path, fleet: Path, tmp_path: Path) -> None:
+    threads = await _digests(_plan(model, rounds=1), fleet, tmp_path / "threads", "threads://3")
+    processes = await _digests(_plan(model, rounds=1), fleet, tmp_path / "processes", "processes://2")
+
+    assert threads == processes
+
+
+@pytest.mark.parametrize("strategy", ["hlora", "delta"])
+async def test_the_pulled_adapter_measures_what_the_federation_measured(strategy: str, model: Path, fleet: Path, tmp_path: Path) -> None:
+    plan = _plan(model, strategy={"name": strategy}, evaluation={"rank": 4})
+    async with federation(device.fleet(fleet), tmp_path / "federation") as found:
+        run = [run async for run in found.run(plan)][-1]
+        archive = await found.adapter(run.id, rank=4)
+        held_out = [row for agent in device.fleet(fleet) for row in agent.catalogue.rows("things", Part.held_out)]
+    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+        packed.extractall(tmp_path / "adapter")
+
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    tokens = AutoTokenizer.from_pretrained(model)([row["text"] for row in held_out], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = adapted(**tokens).logits
+    labels = torch.tensor([["animal", "tool"].index(str(row["label"])) for row in held_out])
+
+    assert run.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
+    assert run.metrics["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+
+
+def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Path, fleet: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f'name = "things"\ndata = "things"\nrounds = 5\nmodel = {{ id = "{model}" }}\ntraining = {{ learning_rate = 0.01, max_steps = 2 }}\n'
+        'task = { kind = "sequence-classification", labels = ["animal", "tool"] }\nadapter = { modules = ["query"] }\n'
+        "ranks = { ladder = [2, 4] }\ncohort = { target = 3, quorum = 3 }\n"
+    )
+
+    told = subprocess.run(
+        [sys.executable, "-m", "simulation", plan, fleet, "--rounds", "1", "--json"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    refused = subprocess.run([sys.executable, "-m", "simulation", plan, tmp_path], capture_output=True, text=True, check=False)
+
+    assert [json.loads(line)["number"] for line in told] == [0, 1]
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("The device's data do not fit the job:")
