@@ -23,8 +23,8 @@ LARGEST = 1024  # workers of one machine; more is a slip of the keyboard
 
 def open_executor(url: str) -> Executor:
     """The executor at a URL; shut it down when done. Raises InvalidRequest for a URL that names none."""
-    kind, _, text = url.partition("://")
-    workers = int(text or os.cpu_count() or 1) if re.fullmatch("[0-9]{0,4}", text) else 0
+    found = re.fullmatch("([a-z]+)://([0-9]{0,4})", url)
+    kind, workers = (found[1], int(found[2] or os.cpu_count() or 1)) if found else ("", 0)
     if kind not in _KINDS or not 1 <= workers <= LARGEST:
         kinds = " or ".join(f"{kind}://N" for kind in _KINDS)
         raise errors.InvalidRequest(f"an executor is {kinds} with N from 1 to {LARGEST}; {url!r} came")

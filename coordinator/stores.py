@@ -99,10 +99,10 @@ class Folder:
         (self._root / key).unlink()
 
     def entries(self) -> Iterator[tuple[str, int, datetime]]:
-        for entry in os.scandir(self._root / "sha256"):
+        for path in (self._root / "sha256").iterdir():
             with suppress(FileNotFoundError):  # deleted since the folder was read
-                facts = entry.stat()
-                yield f"sha256/{entry.name}", facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
+                facts = path.stat()
+                yield f"sha256/{path.name}", facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
 
 
 class Remote:

@@ -1,0 +1,334 @@
+"""A whole round: from stored slices to the next adapter and its slices."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coordinator.assembly import Merged
+from coordinator.blobs import Blobs
+from coordinator.executors import open_executor
+from coordinator.merge import Input, RoundTask, first_adapter, merge_round
+from protocol import errors
+from protocol.plan import Dtype, Layout, Plan, Split
+from protocol.slices import TORCH_DTYPES, Factors, Slice, unpack
+from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, trained, untrained, update
+
+STRATEGIES = ["hlora", "delta"]
+CROWD = [(1, 3.0, 1.0), (2, 1.0, 1.0), (2, 2.0, 0.5), (4, 5.0, 1.0), (4, 1.0, 0.25)]  # rank, weight, shrink
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Blobs:
+    return Blobs.open(tmp_path.as_uri())
+
+
+def merge(task: RoundTask, blobs: Blobs, executor: str = "threads://1") -> Merged:
+    with open_executor(executor) as pool:
+        return merge_round(task, pool, blobs)
+
+
+def crowd(blobs: Blobs, plan: Plan, before: Merged, first_seed: int = 0) -> list[Input]:
+    return [
+        send(blobs, plan, before.slices[rank], seed=first_seed + k, weight=weight, shrink=shrink)
+        for k, (rank, weight, shrink) in enumerate(CROWD)
+    ]
+
+
+def second_round(blobs: Blobs, plan: Plan) -> tuple[Merged, RoundTask]:
+    """What round 1 published, and round 2 to be merged: so that the adapter is not zero."""
+    first = first_adapter(plan, blobs)
+    before = merge(round_task(blobs, plan, first, crowd(blobs, plan, first)), blobs)
+    return before, round_task(blobs, plan, before, crowd(blobs, plan, before, 100), round=2)
+
+
+def heard(task: RoundTask, blobs: Blobs) -> list[tuple[float, float, Slice, Slice]]:
+    """Of every input: its share p, the share γ of its change that counts, what was trained, what was given."""
+    total = sum(x.weight for x in task.inputs)
+    return [(x.weight / total, x.shrink, read_digest(blobs, x.digest), read_digest(blobs, x.base)) for x in task.inputs]
+
+
+def read_digest(blobs: Blobs, digest: str) -> Slice:
+    return unpack(blobs.read(digest))
+
+
+def products(task: RoundTask, blobs: Blobs, module: str) -> Tensor:
+    """Σ p (γ s b a + (1 − γ) s₀ b₀ a₀)."""
+    return torch.stack([p * (y * update(t, module) + (1 - y) * update(g, module)) for p, y, t, g in heard(task, blobs)]).sum(dim=0)
+
+
+def changes(task: RoundTask, blobs: Blobs, module: str) -> Tensor:
+    """Σ p γ (s b a − s₀ b₀ a₀)."""
+    return torch.stack([p * y * (update(t, module) - update(g, module)) for p, y, t, g in heard(task, blobs)]).sum(dim=0)
+
+
+@pytest.mark.parametrize("wire", Dtype)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_adapter_is_the_best_approximation_of_the_strategys_sum(strategy: str, wire: Dtype, blobs: Blobs) -> None:
+    plan = make_plan(strategy, wire=wire)
+    before, task = second_round(blobs, plan)
+    adapter = read(blobs, merge(task, blobs).adapter)
+    for module in LAYOUT.modules:
+        if strategy == "hlora":
+            wanted = products(task, blobs, module)
+        else:
+            wanted = update(read(blobs, before.adapter), module) + changes(task, blobs, module)
+        assert torch.allclose(update(adapter, module), best(wanted, 4), rtol=0, atol=1e-6 * float(wanted.norm()))
+
+
+@pytest.mark.parametrize("cap", [4, 9])
+@pytest.mark.parametrize("split", Split)
+@pytest.mark.parametrize("wire", Dtype)
+def test_every_slice_is_the_adapters_leading_part_in_the_dtype_and_at_the_scale_of_the_plan(
+    wire: Dtype, split: Split, cap: int, blobs: Blobs
+) -> None:
+    plan = make_plan("delta", wire=wire, split=split, cap=cap)
+    _, task = second_round(blobs, plan)
+    merged = merge(task, blobs)
+    adapter = read(blobs, merged.adapter)
+    assert (adapter.label.rank, adapter.label.scale, adapter.label.round) == (cap, 1.0, 2)
+    assert merged.slices.keys() == {1, 2, 4}
+    for rank, ref in merged.slices.items():
+        slice = read(blobs, ref)
+        assert (slice.label.rank, slice.label.scale, slice.label.round, slice.label.base) == (rank, 4 / rank, 2, None)
+        for module, factors in slice.factors.items():
+            assert factors.b.dtype == TORCH_DTYPES[wire]
+            whole = update(adapter, module)
+            hair = 4 * torch.finfo(TORCH_DTYPES[wire]).eps
+            assert torch.allclose(update(slice, module), best(whole, rank), rtol=0, atol=hair * float(whole.norm()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fully_trained_tensors_are_averaged_by_weight_and_by_what_counts_of_their_change(strategy: str, blobs: Blobs) -> None:
+    plan = make_plan(strategy)
+    _, task = second_round(blobs, plan)
+    merged = merge(task, blobs)
+    for name in LAYOUT.full:
+        parts = [p * (y * t.full[name].double() + (1 - y) * g.full[name].double()) for p, y, t, g in heard(task, blobs)]
+        wanted = torch.stack(parts).sum(dim=0)
+        for ref in (merged.adapter, *merged.slices.values()):
+            assert torch.allclose(read(blobs, ref).full[name].double(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("wire", [Dtype.float32, Dtype.bfloat16])
+def test_the_published_bytes_depend_on_contents_alone(strategy: str, wire: Dtype, blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan(strategy, wire=wire))
+    published = merge(task, blobs)
+    assert merge(replace(task, inputs=task.inputs[::-1]), blobs, "threads://3") == published
+    assert merge(replace(task, inputs=task.inputs[2:] + task.inputs[:2]), blobs, "processes://2") == published
+
+
+def test_merging_again_keeps_nothing_new(blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    merge(task, blobs)
+    kept = {found.digest for found in blobs.digests()}
+    merge(task, blobs)
+    assert {found.digest for found in blobs.digests()} == kept
+
+
+def test_weights_have_no_unit(blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    thousandfold = tuple(replace(x, weight=1000 * x.weight) for x in task.inputs)
+    assert merge(replace(task, inputs=thousandfold), blobs) == merge(task, blobs)
+
+
+def test_a_contribution_without_weight_might_as_well_not_have_come(blobs: Blobs) -> None:
+    before, task = second_round(blobs, make_plan())
+    idle = send(blobs, task.plan, before.slices[4], seed=77, weight=0.0)
+    assert merge(replace(task, inputs=(*task.inputs, idle)), blobs) == merge(task, blobs)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_clients_that_send_the_same_bytes_count_twice(strategy: str, blobs: Blobs) -> None:
+    plan = make_plan(strategy)
+    before = first_adapter(plan, blobs)
+    one, other = send(blobs, plan, before.slices[4], seed=1), send(blobs, plan, before.slices[2], seed=2)
+    twice = merge(round_task(blobs, plan, before, [one, one, other]), blobs)
+    double = merge(round_task(blobs, plan, before, [replace(one, weight=2.0), other]), blobs)
+    for module in LAYOUT.modules:
+        a, b = (update(read(blobs, found.adapter), module) for found in (twice, double))
+        assert torch.allclose(a, b, rtol=0, atol=1e-6 * float(a.norm()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_single_client_at_the_cap_gets_back_what_it_sent(strategy: str, blobs: Blobs) -> None:
+    plan = make_plan(strategy)
+    before = first_adapter(plan, blobs)
+    sent = send(blobs, plan, before.slices[4], seed=1)
+    merged = merge(round_task(blobs, plan, before, [sent]), blobs)
+    for module in LAYOUT.modules:
+        wanted = update(read_digest(blobs, sent.digest), module)
+        for ref in (merged.adapter, merged.slices[4]):
+            assert torch.allclose(update(read(blobs, ref), module), wanted, rtol=0, atol=1e-6 * float(wanted.norm()))
+
+
+def test_a_change_counts_against_the_slice_it_started_from_however_old(blobs: Blobs) -> None:
+    plan = make_plan("delta")
+    old = first_adapter(plan, blobs)
+    before, task = second_round(blobs, plan)
+    late = send(blobs, plan, old.slices[2], seed=5)
+    adapter = read(blobs, merge(replace(task, inputs=(late,)), blobs).adapter)
+    for module in LAYOUT.modules:
+        change = update(read_digest(blobs, late.digest), module) - update(read(blobs, old.slices[2]), module)
+        wanted = best(update(read(blobs, before.adapter), module) + change, 4)
+        assert torch.allclose(update(adapter, module), wanted, rtol=0, atol=1e-6 * float(wanted.norm()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nobody_learning_at_the_cap_changes_nothing(strategy: str, blobs: Blobs) -> None:
+    plan = make_plan(strategy)
+    before, _ = second_round(blobs, plan)
+    sent = [send(blobs, plan, before.slices[4], seed=k, train=untrained) for k in range(3)]
+    after = merge(round_task(blobs, plan, before, sent, round=2), blobs)
+    for module in LAYOUT.modules:
+        was, now = (update(read(blobs, found.adapter), module) for found in (before, after))
+        assert torch.allclose(was, now, rtol=0, atol=1e-6 * float(was.norm()))
+
+
+def test_the_kept_energy_of_every_rung_is_told(blobs: Blobs) -> None:
+    plan = make_plan("hlora", cap=6)
+    _, task = second_round(blobs, plan)
+    energy = merge(task, blobs).energy
+    assert list(energy) == list(LAYOUT.modules)
+    for module, found in energy.items():
+        squares = torch.linalg.svdvals(products(task, blobs, module)).square()
+        assert found.total == pytest.approx(float(squares.sum()), rel=1e-9)
+        assert found.kept == pytest.approx({r: float(squares[:r].sum() / squares.sum()) for r in (1, 2, 4, 6)}, rel=1e-6)
+        assert found.stacked_rank == 1 + 2 + 2 + 4 + 4 + 2 + 4  # five clients, and the slices of the two that were clipped
+
+
+def test_round_zero_changes_nothing_and_every_pair_can_learn(blobs: Blobs) -> None:
+    plan = make_plan(cap=6)
+    merged = first_adapter(plan, blobs)
+    adapter = read(blobs, merged.adapter)
+    assert (adapter.label.rank, adapter.label.round) == (6, 0)
+    slices = {rank: read(blobs, ref) for rank, ref in merged.slices.items()}
+    for module in LAYOUT.modules:
+        assert not update(adapter, module).any()
+        for rank, slice in slices.items():
+            assert not slice.factors[module].b.any()
+            assert bool(slice.factors[module].a.any(dim=1).all())
+            assert torch.equal(slice.factors[module].a, slices[4].factors[module].a[:rank])
+    for name, shape in LAYOUT.full.items():
+        assert adapter.full[name].shape == shape
+        assert all(torch.equal(slice.full[name], adapter.full[name]) for slice in slices.values())
+    assert not adapter.full["head.bias"].any()
+    assert adapter.full["head.weight"].any()
+    assert all(found.total == 0 and found.kept == {1: 1, 2: 1, 4: 1, 6: 1} for found in merged.energy.values())
+
+
+def test_round_zero_depends_on_the_seed_alone(blobs: Blobs) -> None:
+    assert first_adapter(make_plan(seed=1), blobs) == first_adapter(make_plan(seed=1), blobs)
+    assert first_adapter(make_plan(seed=1), blobs).slices != first_adapter(make_plan(seed=2), blobs).slices
+
+
+def test_a_run_without_fully_trained_tensors_is_merged_too(blobs: Blobs) -> None:
+    plan = make_plan(layout=Layout(modules=LAYOUT.modules, base=LAYOUT.base))
+    before = first_adapter(plan, blobs)
+    merged = merge(round_task(blobs, plan, before, [send(blobs, plan, before.slices[4])]), blobs)
+    assert not read(blobs, merged.adapter).full
+
+
+class Weighing(ThreadPoolExecutor):
+    """Notes what every task weighs on its way to a worker."""
+
+    weights: list[int]
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.weights.append(len(pickle.dumps((fn, args, kwargs))))
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_keys_travel_and_tensors_do_not(blobs: Blobs) -> None:
+    layout = Layout(modules={f"block.{k}": (200, 300) for k in range(40)}, base=LAYOUT.base)
+    plan = make_plan(layout=layout)
+    before = first_adapter(plan, blobs)
+    task = round_task(blobs, plan, before, [send(blobs, plan, before.slices[4], seed=k) for k in range(3)])
+    with Weighing(1) as executor:
+        executor.weights = []
+        merge_round(task, executor, blobs)
+    assert len(executor.weights) == 40
+    assert max(executor.weights) < 4000  # one tensor of rank 4 has 4800 bytes
+
+
+def refused(task: RoundTask, blobs: Blobs, inputs: Sequence[Input]) -> pytest.ExceptionInfo[errors.HLoRAError]:
+    with pytest.raises(errors.HLoRAError) as caught:
+        merge(replace(task, inputs=tuple(inputs)), blobs)
+    return caught
+
+
+def test_an_empty_round_is_refused(blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    assert refused(task, blobs, []).type is errors.NoContributions
+
+
+def test_a_round_without_weight_is_refused(blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    assert refused(task, blobs, [replace(x, weight=0.0) for x in task.inputs]).type is errors.ZeroWeight
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weight": -1.0}, {"weight": float("nan")}, {"weight": float("inf")}, {"shrink": 0.0}, {"shrink": 1.5}, {"shrink": float("nan")}],
+)
+def test_weights_and_shares_that_make_no_mean_are_refused(wrong: dict[str, float], blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    spoiled = replace(task.inputs[0], **wrong)  # type: ignore[arg-type]  # floats, all of them
+    caught = refused(task, blobs, [spoiled, *task.inputs[1:]])
+    assert caught.type is errors.UnmergeableRound
+    assert spoiled.digest in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 2}, {"scale": 0.5}])
+def test_a_slice_that_is_not_what_was_recorded_of_it_is_refused(wrong: dict[str, Any], blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    assert refused(task, blobs, [replace(task.inputs[0], **wrong), *task.inputs[1:]]).type is errors.MismatchedSlice
+
+
+def test_a_missing_blob_is_named(blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    blobs.delete(task.inputs[1].digest)
+    assert task.inputs[1].digest in str(refused(task, blobs, task.inputs).value)
+
+
+@pytest.mark.parametrize("where", ["factors", "full"])
+def test_one_contribution_with_nan_never_reaches_a_sum(where: str, blobs: Blobs) -> None:
+    before, task = second_round(blobs, make_plan())
+
+    def poisoned(start: Slice, seed: int) -> Slice:
+        slice = trained(start, seed)
+        (slice.factors["block.v"].a if where == "factors" else slice.full["head.weight"])[0, 0] = float("nan")
+        return slice
+
+    bad = send(blobs, task.plan, before.slices[4], seed=9, train=poisoned)
+    assert refused(task, blobs, [*task.inputs, bad]).type is errors.NonFiniteSlice
+
+
+def test_an_adapter_that_the_wire_cannot_hold_is_refused(blobs: Blobs) -> None:
+    plan = make_plan("hlora", wire=Dtype.float16)
+    before = first_adapter(plan, blobs)
+
+    def huge(start: Slice, seed: int) -> Slice:
+        factors = {name: Factors(b=torch.full_like(f.b, 6e4), a=torch.full_like(f.a, 6e4)) for name, f in start.factors.items()}
+        return replace(start, factors=factors)
+
+    task = round_task(blobs, plan, before, [send(blobs, plan, before.slices[4], train=huge)])
+    assert refused(task, blobs, task.inputs).type is errors.NonFiniteSlice
+
+
+def test_a_plan_that_was_never_resolved_or_names_no_strategy_is_refused(blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan())
+    for plan in (make_plan(layout=None), make_plan("nothing"), make_plan("delta", options={"step": 1})):
+        with pytest.raises(errors.InvalidPlan):
+            merge(replace(task, plan=plan), blobs)
+    with pytest.raises(errors.InvalidPlan):
+        first_adapter(make_plan(layout=None), blobs)

@@ -1,0 +1,55 @@
+"""What merging alone does to the adapter when nobody learns anything, round after round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from coordinator.blobs import Blobs
+from coordinator.executors import open_executor
+from coordinator.merge import Merged, first_adapter, merge_round
+from protocol.plan import Plan
+from tests.merging.small import make_plan, read, round_task, send, trained, untrained, update
+
+ROUNDS = 30
+LADDER = (1, 2, 4)
+# Three clients of equal weight: the first direction is held by all of them, the second by two, the others by one.
+SHARES = torch.tensor([1, 2 / 3, 1 / 3, 1 / 3], dtype=torch.float64)
+
+
+def singular_values(strategy: str, folder: Path) -> list[Tensor]:
+    """The four singular values of one module after a first round of learning, and after each round without any."""
+    plan, blobs = make_plan(strategy), Blobs.open(folder.as_uri())
+    before = first_adapter(plan, blobs)
+    found: list[Tensor] = []
+    with open_executor("threads://1") as executor:
+        start = [send(blobs, plan, before.slices[4], train=trained)]
+        before = merge_round(round_task(blobs, plan, before, start), executor, blobs)
+        found.append(values(blobs, plan, before))
+        for round in range(2, ROUNDS + 2):
+            sent = [send(blobs, plan, before.slices[rank], train=untrained) for rank in LADDER]
+            before = merge_round(round_task(blobs, plan, before, sent, round), executor, blobs)
+            found.append(values(blobs, plan, before))
+    return found
+
+
+def values(blobs: Blobs, plan: Plan, merged: Merged) -> Tensor:
+    found: Tensor = torch.linalg.svdvals(update(read(blobs, merged.adapter), "block.q"))
+    return found[:4]
+
+
+def test_under_hlora_a_direction_shrinks_by_the_share_of_those_who_hold_it(tmp_path: Path) -> None:
+    found = singular_values("hlora", tmp_path)
+    for t, s in enumerate(found):
+        assert torch.allclose(s, SHARES**t * found[0], rtol=0, atol=1e-6 * float(found[0][0]))
+    assert float(found[-1][2]) < 1e-6 * float(found[0][2])
+
+
+def test_under_delta_nothing_is_lost(tmp_path: Path) -> None:
+    found = singular_values("delta", tmp_path)
+    assert float(found[0][3]) == pytest.approx(float(found[-1][3]), rel=1e-4)
+    for s in found:
+        assert torch.allclose(s, found[0], rtol=0, atol=1e-5 * float(found[0][0]))

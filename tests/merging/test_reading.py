@@ -1,0 +1,92 @@
+"""Reading slices piece by piece, from the store and from a file that nobody has checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coordinator.blobs import Blobs
+from coordinator.reading import StoredFactors, open_file, open_slice
+from protocol import errors
+from protocol.plan import Dtype
+from protocol.slices import Factors, Label, Slice, pack
+from tests.merging.small import LAYOUT
+from tests.merging.test_truncation import rand
+
+
+def make_slice(rank: int = 2) -> Slice:
+    factors = {name: Factors(b=rand(n_out, rank, seed=1), a=rand(rank, n_in, seed=2)) for name, (n_out, n_in) in LAYOUT.modules.items()}
+    return Slice(Label(rank=rank, scale=2.0, round=3), factors, {"head.bias": rand(3, seed=3), "head.weight": rand(3, 12, seed=4)})
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_stored_slice_is_read_as_it_was_packed(dtype: Dtype, rank: int, tmp_path: Path) -> None:
+    slice = make_slice(rank)
+    data = pack(slice, LAYOUT, dtype)
+    blobs = Blobs.open(tmp_path.as_uri())
+    stored = open_slice(blobs, blobs.put(data).digest)
+    (tmp_path / "spooled").write_bytes(data)
+    with open_file(tmp_path / "spooled") as spooled:
+        for reader in (stored, spooled):
+            assert reader.header.label == slice.label
+            for name, factors in slice.factors.items():
+                found = reader.factors(name)
+                assert torch.equal(found.b, factors.b.to(found.b.dtype))
+                assert torch.equal(found.a, factors.a.to(found.a.dtype))
+            assert torch.equal(reader.full("head.bias"), slice.full["head.bias"].to(reader.full("head.bias").dtype))
+
+
+def test_what_the_slice_does_not_hold_is_mismatched(tmp_path: Path) -> None:
+    blobs = Blobs.open(tmp_path.as_uri())
+    reader = open_slice(blobs, blobs.put(pack(make_slice(), LAYOUT, Dtype.float32)).digest)
+    with pytest.raises(errors.MismatchedSlice, match=r"block\.k"):
+        reader.factors("block.k")
+    with pytest.raises(errors.MismatchedSlice, match="full/tail"):
+        reader.full("tail")
+
+
+def test_stored_factors_know_their_rank_before_they_are_read(tmp_path: Path) -> None:
+    blobs = Blobs.open(tmp_path.as_uri())
+    ref = blobs.put(pack(make_slice(3), LAYOUT, Dtype.float32))
+    stored = StoredFactors(open_slice(blobs, ref.digest), "block.q")
+    blobs.delete(ref.digest)
+    assert stored.rank == 3
+    with pytest.raises(errors.NotFound):
+        stored.load()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_stored_factors_that_are_no_numbers_are_refused_by_name(bad: float, tmp_path: Path) -> None:
+    slice = make_slice()
+    slice.factors["block.v"].a[1, 1] = bad
+    blobs = Blobs.open(tmp_path.as_uri())
+    reader = open_slice(blobs, blobs.put(pack(slice, LAYOUT, Dtype.float32)).digest)
+    StoredFactors(reader, "block.q").load()
+    with pytest.raises(errors.NonFiniteSlice, match=r"factors/block\.v/a"):
+        StoredFactors(reader, "block.v").load()
+
+
+@pytest.mark.parametrize("data", [b"", b"short", bytes(8), (100).to_bytes(8, "little") + b"{}", (2**63).to_bytes(8, "little") + bytes(100)])
+def test_bytes_that_are_no_slice_are_malformed_wherever_they_lie(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "spooled"
+    path.write_bytes(data)
+    with pytest.raises(errors.MalformedSlice), open_file(path):
+        pass
+    blobs = Blobs.open(tmp_path.as_uri())
+    with pytest.raises(errors.MalformedSlice):
+        open_slice(blobs, blobs.put(data).digest)
+
+
+def test_a_header_that_is_longer_than_an_honest_one_is_not_even_read(tmp_path: Path) -> None:
+    path = tmp_path / "spooled"
+    path.write_bytes(pack(make_slice(), LAYOUT, Dtype.float32))
+    with pytest.raises(errors.MalformedSlice, match="at most 92"), open_file(path, largest_header=100):
+        pass
+
+
+def test_a_slice_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(errors.NotFound):
+        open_slice(Blobs.open(tmp_path.as_uri()), f"sha256:{1:064}")

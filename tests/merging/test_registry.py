@@ -1,0 +1,97 @@
+"""The folder is the registry; other packages join by entry point; every strategy says what it is, here and in the docs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from coordinator import aggregation
+from coordinator.aggregation import Strategy
+from protocol import errors
+from protocol.plan import Choice
+from tests.merging.small import dense
+from tests.merging.test_strategies import Client, close, counted, make_round, product
+from tests.merging.test_truncation import dense as multiplied_out
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "writing-a-strategy.md").read_text(encoding="utf-8")
+
+
+def install(folder: Path, module: str, source: str, target: str, name: str) -> None:
+    """A package with one module and one entry point, as pip would leave it."""
+    (folder / f"{module}.py").write_text(source, encoding="utf-8")
+    facts = folder / f"{module}-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(f"[{aggregation.GROUP}]\n{name} = {target}\n")
+
+
+def test_the_files_of_the_folder_are_the_strategies() -> None:
+    files = {path.stem for path in (ROOT / "coordinator" / "aggregation").glob("*.py")} - {"__init__"}
+    assert set(aggregation.names()) == files
+    assert {"hlora", "delta"} <= files
+
+
+@pytest.mark.parametrize("name", aggregation.names())
+def test_every_strategy_says_what_it_is(name: str) -> None:
+    kind = aggregation.load(name)
+    assert re.match(r"(arXiv:\d{4}\.\d{5}|https://)", kind.source)
+    described = next(found for found in aggregation.describe() if found.name == name)
+    assert re.fullmatch(r"[A-Z].{20,160}\.", described.summary)
+    assert described.options["type"] == "object"
+    assert described.properties == {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "source": kind.source}
+
+
+@pytest.mark.parametrize("name", aggregation.names())
+def test_every_strategy_has_its_line_in_the_docs(name: str) -> None:
+    kind = aggregation.load(name)
+    claims = ["yes" if claim else "no" for claim in (kind.exact, kind.linear, kind.gauge_free)]
+    assert f"| `{name}` | {' | '.join(claims)} | {kind.source} |" in PAGE
+    assert f"- `{name}`: W ←" in PAGE
+
+
+@pytest.mark.parametrize("name", ["nothing", "os", "__init__", "delta.os", "..delta", "", "Delta"])
+def test_a_name_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
+    with pytest.raises(errors.InvalidPlan, match=r"there are delta, hlora"):
+        aggregation.load(name)
+
+
+def test_an_option_that_a_strategy_does_not_have_is_refused() -> None:
+    with pytest.raises(errors.InvalidPlan, match=r"strategy delta, option step: .* its options are: none"):
+        aggregation.check(Choice(name="delta", options={"step": 2}))
+
+
+def test_a_strategy_written_after_the_page_works_from_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    target = re.search(r'^stride = "(.*)"$', PAGE, re.MULTILINE)
+    assert example is not None
+    assert target is not None
+    install(tmp_path, "stride", example[1], target[1], "stride")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert "stride" in aggregation.names()
+    assert any(found.name == "stride" for found in aggregation.describe())
+    chosen = aggregation.check(Choice(name="stride", options={"step": 0.5}))
+    round = make_round((20, 12), [Client(1, 1.0, 1.0, 1), Client(4, 2.0, 0.5, 2)])
+    mean = sum(c.weight * (counted(c) - product(c.given.factors, c.given.scale)) for c in round.contributions)
+    assert close(multiplied_out(chosen.combine(round)), dense(round.adapter) + 0.5 * mean)  # type: ignore[arg-type]  # Factors
+
+    with pytest.raises(errors.InvalidPlan, match=r"strategy stride, option step: .* its options are: step"):
+        aggregation.check(Choice(name="stride", options={"step": 11}))
+
+
+def test_an_entry_point_that_is_no_strategy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "impostor", "Impostor = dict\n", "impostor:Impostor", "impostor")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(errors.InvalidPlan, match="is no Strategy"):
+        aggregation.load("impostor")
+
+
+def test_a_strategy_must_say_how_it_combines() -> None:
+    class Silent(Strategy):
+        """Says nothing."""
+
+    with pytest.raises(TypeError, match="combine"):
+        Silent()  # type: ignore[abstract]  # that is what is tested
