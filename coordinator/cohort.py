@@ -6,8 +6,9 @@ import random
 from collections.abc import Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, Row, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from coordinator import clients, ranks
@@ -15,14 +16,17 @@ from coordinator.tables import Client, Job, Round
 from protocol.messages import JobKind, JobState, Profile, RankView, Usage
 from protocol.plan import Plan, SequenceClassification
 
+History = tuple[int | None, ranks.Measured | None]  # the last rank, and what the last accepted training job measured
+NEW: History = (None, None)
+
 
 def eligible(session: Session, run_id: str, plan: Plan, kind: JobKind, now: datetime, pace: float) -> tuple[list[Client], dict[str, str]]:
     """The clients that can do such a job of this run, by name; and for every other one why not."""
-    refusals = _refusals(session, run_id)
+    refusals, histories = _refusals(session, run_id), _histories(session, run_id)
     able: list[Client] = []
     reasons: dict[str, str] = {}
     for client in clients.active(session):
-        reason = _obstacle(client, plan, kind, refusals.get(client.id), now, pace)
+        reason = _absence(client, now, pace) or _obstacle(client, plan, kind, refusals.get(client.id), histories.get(client.id, NEW))
         if reason is None:
             able.append(client)
         else:
@@ -30,9 +34,11 @@ def eligible(session: Session, run_id: str, plan: Plan, kind: JobKind, now: date
     return able, reasons
 
 
-def _obstacle(client: Client, plan: Plan, kind: JobKind, refused: tuple[datetime, str] | None, now: datetime, pace: float) -> str | None:
-    if not clients.available(client, now, pace):
-        return "not seen lately"
+def _absence(client: Client, now: datetime, pace: float) -> str | None:
+    return None if clients.available(client, now, pace) else "not seen lately"
+
+
+def _obstacle(client: Client, plan: Plan, kind: JobKind, refused: tuple[datetime, str] | None, history: History) -> str | None:
     profile = Profile.model_validate(client.profile)
     dataset = profile.datasets.get(plan.data)
     if dataset is None:
@@ -47,7 +53,7 @@ def _obstacle(client: Client, plan: Plan, kind: JobKind, refused: tuple[datetime
         return f"its owner does not allow model {plan.model.id}"
     if refused is not None and refused[0] >= client.profiled_at:
         return f"refused: {refused[1]}"
-    return ranks.fits(plan, _candidate(client, profile, None, None))
+    return ranks.fits(plan, _candidate(client, profile, *history))
 
 
 def _columns(plan: Plan) -> list[str]:
@@ -76,10 +82,10 @@ def draw(plan: Plan, round: int, attempt: int, already: int, pool: Sequence[Clie
 def assign(session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], able: Sequence[Client]) -> dict[str, RankView]:
     """The rank of each chosen client, by its id; `able` are the clients among which the policy compares."""
     population = ranks.Population(examples=tuple(_examples(client, plan) for client in able))
+    histories = _histories(session, run_id)
     views: dict[str, RankView] = {}
     for client in chosen:
-        previous, measured = _history(session, run_id, client.id)
-        candidate = _candidate(client, Profile.model_validate(client.profile), previous, measured)
+        candidate = _candidate(client, Profile.model_validate(client.profile), *histories.get(client.id, NEW))
         views[client.id] = ranks.choose(plan, candidate, population)
     return views
 
@@ -89,19 +95,24 @@ def _examples(client: Client, plan: Plan) -> int:
     return dataset.train if dataset else 0
 
 
-def _history(session: Session, run_id: str, client_id: str) -> tuple[int | None, ranks.Measured | None]:
-    """The client's last rank in this run, and what its last accepted training job measured."""
-    query = (
-        select(Job.rank, Job.state, Job.result)
-        .join(Round, Job.round_id == Round.id)
-        .where(Round.run_id == run_id, Job.client_id == client_id, Job.kind == JobKind.train)
-        .order_by(Job.created_at.desc())
-        .limit(20)
+def _histories(session: Session, run_id: str) -> dict[str, History]:
+    """Each client's last rank in this run, and what its last accepted training job measured; by its id."""
+    last = {row.client_id: row.rank for row in _latest(session, run_id)}
+    measured = {
+        row.client_id: ranks.Measured(rank=row.rank, usage=Usage.model_validate(row.result["usage"]))
+        for row in _latest(session, run_id, Job.state == JobState.accepted)
+    }
+    return {client: (rank, measured.get(client)) for client, rank in last.items()}
+
+
+def _latest(session: Session, run_id: str, *which: ColumnElement[bool]) -> Sequence[Row[Any]]:
+    """The newest such training job of each client in the run."""
+    mine = (Round.run_id == run_id, Job.kind == JobKind.train, *which)
+    newest = (
+        select(func.max(Job.round_id)).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id).add_columns(Job.client_id)
     )
-    rows = session.execute(query).all()
-    accepted = next((row for row in rows if row.state == JobState.accepted and row.result), None)
-    measured = None if accepted is None else ranks.Measured(rank=accepted.rank, usage=Usage.model_validate(accepted.result["usage"]))
-    return (rows[0].rank if rows else None), measured
+    columns = select(Job.client_id, Job.rank, Job.result).where(Job.kind == JobKind.train)
+    return session.execute(columns.where(tuple_(Job.round_id, Job.client_id).in_(newest))).all()
 
 
 def _candidate(client: Client, profile: Profile, previous: int | None, measured: ranks.Measured | None) -> ranks.Candidate:
