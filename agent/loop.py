@@ -96,7 +96,7 @@ class Loop:
             await self._rest(max(self.pause_seconds, self._growing(failures)))
 
     def _growing(self, failures: int) -> float:
-        return self.chance.uniform(0.5, 1.0) * min(LONGEST_REST, 2.0**failures) if failures else 0.0
+        return self.chance.uniform(0.5, 1.0) * min(LONGEST_REST, 2.0 ** min(failures, 10)) if failures else 0.0
 
     async def _rest(self, seconds: float) -> None:
         with suppress(TimeoutError):
