@@ -1,0 +1,108 @@
+"""Rounds: who took part at which rank and why, what it cost, and what it gave."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+
+from admin import words
+from admin.command import AsJson, answer, connect, facts, group, table
+from admin.naming import Run, run_id
+from protocol import errors
+from protocol.messages import JobView, RoundSummary, RoundView
+
+app = group("Look at the rounds of a run.")
+
+
+@app.command("list")
+def list_(ctx: typer.Context, run: Run, as_json: AsJson = False) -> None:
+    """A run's rounds with all their attempts, oldest first."""
+    with connect(ctx) as client:
+        found = list(client.rounds(run_id(client, run)))
+    answer(found, as_json, overview(found))
+
+
+@app.command()
+def show(
+    ctx: typer.Context,
+    run: Run,
+    number: Annotated[int | None, typer.Argument(metavar="[N]", help="by default the newest", min=0)] = None,
+    attempt: Annotated[int | None, typer.Option(help="by default the last", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One round: jobs, ranks and why, weights, bytes, seconds, metrics, kept energy."""
+    with connect(ctx) as client:
+        id = run_id(client, run)
+        if number is None:
+            number = max((known.number for known in client.rounds(id)), default=None)
+        if number is None:
+            raise errors.NotFound(f"run {run} has no round yet")
+        found = client.round(id, number, attempt)
+    answer(found, as_json, Group(facts(_standing(found)), "", _jobs(found.jobs), "", _energy(found)))
+
+
+def overview(rounds: list[RoundSummary]) -> RenderableType:
+    """One line for each round."""
+    columns = ("round", "state", "contributions", "ranks", "up", "down", "trained", "merged", "metrics", "kept energy", "reason")
+    return table(*columns, rows=[_line(found) for found in rounds], right=["round", "contributions", "up", "down", "trained", "merged"])
+
+
+def _line(found: RoundSummary) -> tuple[str, ...]:
+    return (
+        f"{found.number}" + (f".{found.attempt}" if found.attempt > 1 else ""),
+        found.state,
+        f"{found.contributions}/{found.cohort}",
+        words.ranks(found.ranks),
+        words.size(found.bytes_up),
+        words.size(found.bytes_down),
+        words.duration(found.train_seconds),
+        words.duration(found.merge_seconds),
+        words.metrics(found.metrics),
+        words.kept(found.kept_energy),
+        found.reason or "",
+    )
+
+
+def _standing(found: RoundView) -> list[tuple[str, str]]:
+    return [
+        ("round", f"{found.number}, attempt {found.attempt}: {found.state}" + (f", {found.reason}" if found.reason else "")),
+        ("opened", words.moment(found.opened_at)),
+        ("ended", words.moment(found.ended_at) if found.ended_at else ""),
+        ("contributions", f"{found.contributions} of {found.cohort} jobs, ranks {words.ranks(found.ranks)}" if found.cohort else ""),
+        ("bytes", f"{words.size(found.bytes_up)} up, {words.size(found.bytes_down)} down"),
+        ("seconds", f"{words.duration(found.train_seconds)} of training in all, {words.duration(found.merge_seconds)} of merging"),
+        ("training", words.metrics(found.train_metrics)),
+        ("metrics", words.metrics(found.metrics)),
+        ("adapter", found.adapter.digest if found.adapter else ""),
+    ]
+
+
+def _jobs(jobs: list[JobView]) -> RenderableType:
+    columns = ("client", "work", "state", "rank and why", "rows", "weight", "‖change‖", "seconds", "metrics", "reason")
+    return table(*columns, rows=[_job(job) for job in jobs], right=["rows", "weight", "‖change‖", "seconds"])
+
+
+def _job(job: JobView) -> tuple[str, ...]:
+    return (
+        job.client_name,
+        job.kind,
+        job.state,
+        job.rank.reason,
+        "" if job.examples is None else f"{job.examples:,}",
+        "" if job.weight is None else words.share(job.weight),
+        "" if job.change_norm is None else f"{job.change_norm:.3g}",
+        "" if job.usage is None else words.duration(job.usage.seconds),
+        words.metrics({name: metric.value for name, metric in job.metrics.items()}),
+        job.reason or "",
+    )
+
+
+def _energy(found: RoundView) -> RenderableType:
+    """Kept energy by rank, over all modules and in the module that loses most."""
+    rows = []
+    for rank, whole in sorted(found.kept_energy.items()):
+        worst = min(found.energy, key=lambda module: found.energy[module].kept.get(rank, 1.0))
+        rows.append((str(rank), words.share(whole), words.share(found.energy[worst].kept.get(rank)), worst))
+    return table("rank", "kept energy", "least", "in module", rows=rows, right=["rank", "kept energy", "least"]) if rows else ""
