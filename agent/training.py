@@ -102,7 +102,7 @@ class Trainer:
             clocked = Clocked(tell, self.clock, place)
             machine.forget_peak(place)
             devices = [found.device] if found.device.type == "cuda" else []
-            with adapters.adapted(found, start, job.layout, job.adapter.dropout, job.task) as adapted, torch.random.fork_rng(devices):
+            with adapters.adapted(found, start, job.layout, job.adapter.dropout) as adapted, torch.random.fork_rng(devices):
                 torch.manual_seed(job.seed)
                 work = self._train if job.kind is JobKind.train else self._evaluate
                 return work(job, adapted, setting, examples, clocked)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, TaskType, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modelling.base import Base, whole_modules
 from protocol import errors
-from protocol.plan import Layout, Task
+from protocol.plan import Layout
 from protocol.slices import Factors, Slice
 
 NAME = "default"  # peft's name for the one adapter
@@ -51,7 +50,7 @@ def _numbers(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def adapted(base: Base, slice: Slice, layout: Layout, dropout: float, task: Task) -> Iterator[Adapted]:
+def adapted(base: Base, slice: Slice, layout: Layout, dropout: float) -> Iterator[Adapted]:
     """Lend the base model with the slice in it, to one borrower of the process at a time; afterwards it is as it was.
 
     Raises ModelRefusal if the slice does not fit the model.
@@ -60,8 +59,7 @@ def adapted(base: Base, slice: Slice, layout: Layout, dropout: float, task: Task
     with _one_job:
         kept = {name: _submodule(base.model, name) for name in (*layout.modules, *heads)}
         try:
-            config = lora_config(base.model, layout, slice.label.rank, slice.label.scale, dropout, task)
-            inject_adapter_in_model(config, base.model, adapter_name=NAME, low_cpu_mem_usage=True)
+            _inject(base.model, layout, slice.label.rank, dropout)
             for name, factors in slice.factors.items():
                 _put_factors(base.model.get_submodule(name), name, factors, slice.label.scale, base.device)
             _put_full(base.model, heads, slice.full, base.device)
@@ -74,26 +72,14 @@ def adapted(base: Base, slice: Slice, layout: Layout, dropout: float, task: Task
             base.model.eval()
 
 
-def lora_config(model: nn.Module, layout: Layout, rank: int, scale: float, dropout: float, task: Task) -> LoraConfig:
-    """The PEFT configuration of a slice of this rank: exactly the layout's modules, at exactly this scale."""
-    first = model.get_submodule(next(iter(layout.modules)))
-    kind = TaskType.SEQ_CLS if task.kind == "sequence-classification" else TaskType.CAUSAL_LM
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha(scale, rank),
-        lora_dropout=dropout,
-        target_modules=list(layout.modules),
-        modules_to_save=whole_modules(model, layout.full.keys()) or None,
-        fan_in_fan_out=isinstance(first, Conv1D),
-        task_type=kind,
-    )
-
-
-def alpha(scale: float, rank: int) -> float:
-    """The number whose quotient by the rank is the scale exactly, or, where no float64 is, the nearest one."""
-    product = scale * rank
-    near = (product, math.nextafter(product, math.inf), math.nextafter(product, 0.0))
-    return next((x for x in near if x / rank == scale), product)
+def _inject(model: PreTrainedModel, layout: Layout, rank: int, dropout: float) -> None:
+    """Let peft wrap the layout's modules, with factors that have no numbers yet."""
+    conv = isinstance(model.get_submodule(next(iter(layout.modules))), Conv1D)
+    config = LoraConfig(r=rank, lora_dropout=dropout, target_modules=list(layout.modules), fan_in_fan_out=conv)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=NAME, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise errors.ModelRefusal(f"peft cannot adapt what the plan names: {error}") from error
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -108,7 +94,7 @@ def _put_factors(layer: LoraLayer, name: str, factors: Factors, scale: float, de
         if part.weight.shape != tensor.shape:
             raise errors.ModelRefusal(f"{name} takes factors of {list(part.weight.shape)}; the slice has {list(tensor.shape)}", module=name)
         part.weight = nn.Parameter(tensor.to(device, torch.float32, copy=True))
-    layer.scaling[NAME] = scale
+    layer.scaling[NAME] = scale  # and not alpha / r, which need not be the same number
 
 
 def _put_full(model: nn.Module, heads: list[str], full: Mapping[str, Tensor], device: torch.device) -> None:
