@@ -6,9 +6,8 @@ import random
 from collections.abc import Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
-from typing import Any
 
-from sqlalchemy import ColumnElement, Row, func, select, tuple_
+from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from coordinator import clients, ranks
@@ -101,18 +100,16 @@ def _histories(session: Session, run_id: str) -> dict[str, History]:
     measured = {
         row.client_id: ranks.Measured(rank=row.rank, usage=Usage.model_validate(row.result["usage"]))
         for row in _latest(session, run_id, Job.state == JobState.accepted)
+        if row.result is not None
     }
     return {client: (rank, measured.get(client)) for client, rank in last.items()}
 
 
-def _latest(session: Session, run_id: str, *which: ColumnElement[bool]) -> Sequence[Row[Any]]:
+def _latest(session: Session, run_id: str, *which: ColumnElement[bool]) -> Sequence[Job]:
     """The newest such training job of each client in the run."""
     mine = (Round.run_id == run_id, Job.kind == JobKind.train, *which)
-    newest = (
-        select(func.max(Job.round_id)).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id).add_columns(Job.client_id)
-    )
-    columns = select(Job.client_id, Job.rank, Job.result).where(Job.kind == JobKind.train)
-    return session.execute(columns.where(tuple_(Job.round_id, Job.client_id).in_(newest))).all()
+    newest = select(func.max(Job.round_id), Job.client_id).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id)
+    return session.scalars(select(Job).where(Job.kind == JobKind.train, tuple_(Job.round_id, Job.client_id).in_(newest))).all()
 
 
 def _candidate(client: Client, profile: Profile, previous: int | None, measured: ranks.Measured | None) -> ranks.Candidate:
