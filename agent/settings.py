@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     proxy: str | None = Field(default=None, description="address of the HTTP proxy to go through")
     threads: int | None = Field(default=None, ge=1, description="processor threads that training may use; by default torch's choice")
     wait_seconds: float = Field(default=20.0, ge=0, le=300, description="how long one question for work may stay open")
-    log: Literal["console", "json"] = "console"
+    log: Literal["console", "json"] = Field(default="console", description="logs as text, or as JSON lines")
 
     @property
     def folder(self) -> Path:

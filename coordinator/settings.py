@@ -18,8 +18,8 @@ class Settings(BaseSettings):
     blobs_url: str | None = Field(default=None, description="obstore URL; by default files in the data folder")
     spool: Path | None = Field(default=None, description="folder of unfinished uploads and merges; by default in the data folder")
     executor: str = Field(default="threads://", description="where modules are merged: threads://N or processes://N")
-    host: str = "127.0.0.1"
-    port: int = Field(default=8080, ge=0, le=65535)
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 for any free one")
     tick_seconds: float = Field(default=1.0, gt=0, description="longest pause between two looks of the conductor")
     poll_seconds: float = Field(default=20.0, gt=0, le=300, description="how long a poll for work may wait, and the pace given to agents")
     rejections: int = Field(default=3, ge=1, description="a client is paused after so many rejected contributions in a row")

@@ -1,0 +1,155 @@
+"""The documents that follow from the code: `python -m docs.generate` writes them, `--check` says which are not current."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings
+
+import admin.settings
+import agent.settings
+import coordinator.settings
+from coordinator.app import build, create_app
+from coordinator.problems import answer, status
+from protocol import errors
+from protocol.errors import HLoRAError, Refusal, every_error
+
+HERE = Path(__file__).parent
+WRITTEN = "<!-- Written by `make docs`; change the code that it is made from. -->\n"
+
+
+def problems() -> str:
+    """Every problem: its name, its status, whether to repeat the request, what it means."""
+    served = [kind for kind in every_error() if not issubclass(kind, Refusal)]
+    told = [kind for kind in every_error(Refusal) if kind is not Refusal]
+    example = answer(errors.StaleLease("the job is held under epoch 3; yours is 2: stop working on it", epoch=3))
+    return f"""{WRITTEN}
+# Problems
+
+Every refusal is one class of `protocol/errors.py`, on both sides of the wire: the coordinator raises it, the answer is a problem
+document after RFC 9457, and agent and operator's command raise the same class again. `type` is the stable name to program
+against; `detail` is for people and may change; facts of the refusal, such as `epoch`, are members of their own.
+
+```http
+HTTP/1.1 {example.status_code} {status(errors.StaleLease).phrase}
+Content-Type: {example.media_type}
+
+{json.dumps(json.loads(bytes(example.body)), indent=2)}
+```
+
+*Repeat* says whether the same request may succeed later as it is; `Retry-After` then says when, where that is known.
+
+| type | status | repeat | meaning |
+|---|---|---|---|
+{_lines(f"| `{k.slug()}` | {status(k).value} | {'yes' if k.retryable else 'no'} | {k.title()} |" for k in served)}
+
+## Refusals of a device
+
+A device that cannot or will not do a job gives it back with one of these names. They stand with the job in `rounds show`, and
+the device is not asked again in this run before it sent a new profile. `python -m agent doctor` finds most of them beforehand.
+
+| problem | meaning |
+|---|---|
+{_lines(f"| `{k.slug()}` | {k.title()} |" for k in told)}
+
+## The tree
+
+What handles a class handles all below it.
+
+```text
+{_lines(_tree(HLoRAError))}
+```
+"""
+
+
+def _tree(kind: type[HLoRAError]) -> Iterator[str]:
+    yield kind.__name__
+    children = kind.__subclasses__()
+    for child in children:
+        last = child is children[-1]
+        first, *rest = _tree(child)
+        yield f"{'└── ' if last else '├── '}{first}"
+        yield from (f"{'    ' if last else '│   '}{line}" for line in rest)
+
+
+SIDES: Mapping[str, tuple[type[BaseSettings], str]] = {
+    "Coordinator": (coordinator.settings.Settings, "Read by every command of `python -m coordinator`."),
+    "Agent": (agent.settings.Settings, "Read by every command of `python -m agent`."),
+    "Operator": (admin.settings.Settings, "Read by every command of `python -m admin`; its options `--url` and `--token` go before."),
+}
+
+
+def configuration() -> str:
+    """Every environment variable with its default and meaning."""
+    return f"""{WRITTEN}
+# Configuration
+
+All configuration is environment variables, one class for each side; nothing else is read, and every variable has a default
+that works on one machine. What a run shall do is in its plan, and what a device allows is in its `policy.toml`: neither is here.
+{"".join(_side(name, *side) for name, side in SIDES.items())}
+## Of the libraries
+
+| variable | meaning |
+|---|---|
+| `OMP_NUM_THREADS` | processor threads of one torch operation; set it to 1 where several agents share a machine |
+| `HF_HOME` | where base models from the hub are kept |
+| `HF_HUB_OFFLINE` | `1`: use what is kept there and never ask the hub |
+| `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT` | the account for blobs in `s3://` |
+
+Tests skip what needs PostgreSQL where its server's binaries are missing; with `HLORA_TEST_POSTGRES=required` they fail instead.
+"""
+
+
+def _side(name: str, settings: type[BaseSettings], intro: str) -> str:
+    prefix = settings.model_config["env_prefix"]
+    rows = (f"| `{prefix}{field.upper()}` | {_default(info)} | {info.description} |" for field, info in settings.model_fields.items())
+    return f"\n## {name}\n\n{intro}\n\n| variable | default | meaning |\n|---|---|---|\n{_lines(rows)}\n"
+
+
+def _default(info: FieldInfo) -> str:
+    if info.default is None or info.default is PydanticUndefined:
+        return "–"
+    return f"`{str(info.default).lower() if isinstance(info.default, bool) else info.default}`"
+
+
+def openapi() -> str:
+    """The application's OpenAPI description."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = build(coordinator.settings.Settings(data=Path(folder), blobs_url="memory://openapi"))
+        description = create_app(context).openapi()
+        context.close()
+    return json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+
+
+def _lines(lines: Iterator[str]) -> str:
+    return "\n".join(lines)
+
+
+DOCUMENTS: Mapping[str, Callable[[], str]] = {"problems.md": problems, "configuration.md": configuration, "openapi.json": openapi}
+
+
+def stale() -> list[str]:
+    """The documents that are not what the code says."""
+    return [name for name, make in DOCUMENTS.items() if not (HERE / name).exists() or (HERE / name).read_text("utf-8") != make()]
+
+
+def main(arguments: list[str]) -> int:
+    """Write the documents, or check them."""
+    found = stale()
+    if arguments == ["--check"]:
+        print("\n".join(f"docs/{name} is not current: run make docs" for name in found), file=sys.stderr, end="\n" if found else "")
+        return 1 if found else 0
+    for name in found:
+        (HERE / name).write_text(DOCUMENTS[name](), "utf-8")
+        print(f"wrote docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
