@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -22,18 +23,23 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, before_exit: Callable[[], None]) -> None:
         super().__init__(config)
         self._before_exit = before_exit
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where it listens once it does: with port 0 nobody could know before."""
         await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
         for server in self.servers:
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
                 log.info("listening", url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._before_exit()
-        super().handle_exit(sig, frame)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Stop once, and hurry when told again. The signal is not raised anew: a server that was asked to stop ends with 0."""
+        # In the loop, not here: a signal may come while this very thread holds what the callback needs.
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._before_exit)
+        self.should_exit, self.force_exit = True, self.should_exit
 
 
 def serve(app: FastAPI, settings: Settings, before_exit: Callable[[], None]) -> None:
