@@ -19,6 +19,7 @@ from protocol.messages import Problem
 
 log = structlog.get_logger()
 MEDIA_TYPE = "application/problem+json"
+SCHEMAS = "#/components/schemas/"
 
 # The nearest class of the tree counts: what is not named here has its parent's status.
 STATUSES: Mapping[type[HLoRAError], HTTPStatus] = {
@@ -62,7 +63,7 @@ def documented(*kinds: type[HLoRAError]) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's description of the problems that a route may answer with."""
     found: dict[int | str, dict[str, Any]] = {}
     for kind in kinds:
-        entry = found.setdefault(int(status(kind)), {"model": Problem, "description": "", "content": {MEDIA_TYPE: {}}})
+        entry = found.setdefault(int(status(kind)), {"description": "", "content": {MEDIA_TYPE: {"schema": {"$ref": f"{SCHEMAS}Problem"}}}})
         text = f"`{kind.slug()}`: {kind.title()}."
         entry["description"] = f"{entry['description']} {text}".strip()
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
@@ -81,7 +82,15 @@ def answer(error: HLoRAError) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Make every refusal of the application a problem, whoever raised it."""
+    """Make every refusal of the application a problem, whoever raised it, and describe problems in its OpenAPI document."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = plain()
+        document["components"]["schemas"]["Problem"] = Problem.model_json_schema(ref_template=SCHEMAS + "{model}")
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.add_exception_handler(HLoRAError, _of_ours)
     app.add_exception_handler(RequestValidationError, _of_validation)
     app.add_exception_handler(HTTPException, _of_framework)

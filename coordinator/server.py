@@ -34,7 +34,7 @@ class _Server(uvicorn.Server):
                 host, port = listening.getsockname()[:2]
                 log.info("listening", url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop once, and hurry when told again. The signal is not raised anew: a server that was asked to stop ends with 0."""
         # In the loop, not here: a signal may come while this very thread holds what the callback needs.
         if self._loop is not None:

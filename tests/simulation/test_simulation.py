@@ -135,7 +135,7 @@ async def test_the_pulled_adapter_measures_what_the_federation_measured(strategy
 def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Path, fleet: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.toml"
     plan.write_text(
-        f'name = "things"\ndata = "things"\nrounds = 5\nmodel = {{ id = "{model}" }}\ntraining = {{ learning_rate = 0.01, max_steps = 2 }}\n'
+        f'name = "things"\ndata = "things"\nrounds = 5\nmodel = {{ id = "{model}" }}\ntraining = {{ learning_rate = 0.01 }}\n'
         'task = { kind = "sequence-classification", labels = ["animal", "tool"] }\nadapter = { modules = ["query"] }\n'
         "ranks = { ladder = [2, 4] }\ncohort = { target = 3, quorum = 3 }\n"
     )
