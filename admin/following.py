@@ -41,7 +41,7 @@ class Snapshot:
 class Change(Strict):
     """One thing that is not as it was."""
 
-    kind: Literal["run", "round", "job"]
+    kind: Literal["run", "round", "job", "progress"]
     round: int | None = None
     run: RunView | None = None
     summary: RoundSummary | None = None
@@ -83,18 +83,17 @@ def changes(before: Snapshot | None, after: Snapshot) -> Iterator[Change]:
         if key not in old.rounds or _gist_of_round(old.rounds[key]) != _gist_of_round(summary):
             yield Change(kind="round", round=key[0], summary=summary)
     for id, (number, job) in after.jobs.items():
-        if id not in old.jobs or _gist_of_job(old.jobs[id][1]) != _gist_of_job(job):
+        known = old.jobs[id][1] if id in old.jobs else None
+        if known is None or (known.state, known.reason) != (job.state, job.reason):
             yield Change(kind="job", round=number, job=job)
+        elif known.progress != job.progress:
+            yield Change(kind="progress", round=number, job=job)
     if before is None or _gist_of_run(old.run) != _gist_of_run(after.run):
         yield Change(kind="run", run=after.run)
 
 
 def _gist_of_round(summary: RoundSummary) -> tuple[object, ...]:
     return summary.state, summary.reason, summary.contributions, summary.metrics
-
-
-def _gist_of_job(job: JobView) -> tuple[object, ...]:
-    return job.state, job.reason, job.progress
 
 
 def _gist_of_run(run: RunView) -> tuple[object, ...]:

@@ -10,8 +10,7 @@ from rich.console import Group, RenderableType
 from admin import words
 from admin.command import AsJson, answer, connect, facts, group, table
 from admin.naming import Run, run_id
-from protocol import errors
-from protocol.messages import JobView, RoundSummary, RoundView
+from protocol.messages import JobKind, JobView, RoundSummary, RoundView
 
 app = group("Look at the rounds of a run.")
 
@@ -36,17 +35,23 @@ def show(
     with connect(ctx) as client:
         id = run_id(client, run)
         if number is None:
-            number = max((known.number for known in client.rounds(id)), default=None)
-        if number is None:
-            raise errors.NotFound(f"run {run} has no round yet")
+            number = max((known.number for known in client.rounds(id)), default=0)
         found = client.round(id, number, attempt)
-    answer(found, as_json, Group(facts(_standing(found)), "", _jobs(found.jobs), "", _energy(found)))
+    parts: list[RenderableType] = [facts(_standing(found))]
+    parts += ["", _jobs(found.jobs)] if found.jobs else []
+    parts += ["", _energy(found)] if found.energy else []
+    answer(found, as_json, Group(*parts))
 
 
 def overview(rounds: list[RoundSummary]) -> RenderableType:
     """One line for each round."""
     columns = ("round", "state", "contributions", "ranks", "up", "down", "trained", "merged", "metrics", "kept energy", "reason")
     return table(*columns, rows=[_line(found) for found in rounds], right=["round", "contributions", "up", "down", "trained", "merged"])
+
+
+def in_order(job: JobView) -> tuple[bool, str]:
+    """Training before evaluation, and clients by their names."""
+    return job.kind is not JobKind.train, job.client_name
 
 
 def _line(found: RoundSummary) -> tuple[str, ...]:
@@ -81,7 +86,7 @@ def _standing(found: RoundView) -> list[tuple[str, str]]:
 
 def _jobs(jobs: list[JobView]) -> RenderableType:
     columns = ("client", "work", "state", "rank and why", "rows", "weight", "‖change‖", "seconds", "metrics", "reason")
-    return table(*columns, rows=[_job(job) for job in jobs], right=["rows", "weight", "‖change‖", "seconds"])
+    return table(*columns, rows=[_job(job) for job in sorted(jobs, key=in_order)], right=["rows", "weight", "‖change‖", "seconds"])
 
 
 def _job(job: JobView) -> tuple[str, ...]:
@@ -105,4 +110,4 @@ def _energy(found: RoundView) -> RenderableType:
     for rank, whole in sorted(found.kept_energy.items()):
         worst = min(found.energy, key=lambda module: found.energy[module].kept.get(rank, 1.0))
         rows.append((str(rank), words.share(whole), words.share(found.energy[worst].kept.get(rank)), worst))
-    return table("rank", "kept energy", "least", "in module", rows=rows, right=["rank", "kept energy", "least"]) if rows else ""
+    return table("rank", "kept energy", "least", "in module", rows=rows, right=["rank", "kept energy", "least"])

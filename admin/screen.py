@@ -7,9 +7,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from admin import words
-from admin.following import Change, Snapshot
-from admin.rounds import overview
-from protocol.messages import JobState, JobView, RoundState, RoundSummary, RunView
+from admin.following import LIVE, Change, Snapshot
+from admin.rounds import in_order, overview
+from protocol.messages import JobKind, JobState, JobView, RoundState, RoundSummary, RunView
 
 ROUNDS = 10  # lines of past rounds on the screen
 BAR = 20  # columns of a job's bar
@@ -47,7 +47,7 @@ def _jobs(jobs: list[JobView]) -> RenderableType:
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("client", "work", "rank", "state", "phase", "", "loss", "why"):
         made.add_column(column, overflow="fold")
-    for job in jobs:
+    for job in sorted(jobs, key=in_order):
         progress = job.progress
         loss = "" if progress is None or progress.loss is None else f"{progress.loss:.4g}"
         phase = progress.phase if progress and job.state is JobState.leased else ""
@@ -69,7 +69,7 @@ def line(change: Change) -> str | None:
         return _run_line(change.run)
     if change.summary is not None:
         return _round_line(change.summary)
-    return None if change.job is None else _job_line(change.job, change.round)
+    return None if change.job is None or change.kind == "progress" else _job_line(change.job, change.round)
 
 
 def _run_line(run: RunView) -> str:
@@ -89,8 +89,11 @@ def _round_line(found: RoundSummary) -> str:
     return "; ".join(parts)
 
 
-def _job_line(job: JobView, round: int | None) -> str | None:
-    if job.state is JobState.leased and job.progress is not None and job.progress.step:
-        return None
-    said = f"round {round}: {job.client_name} {job.kind} at rank {job.rank.reason}: {job.state}"
-    return said + (f", {job.reason}" if job.reason else "")
+def _job_line(job: JobView, round: int | None) -> str:
+    work = "trains" if job.kind is JobKind.train else "evaluates"
+    parts = [f"round {round}: {job.client_name} {work} at rank {job.rank.rank}: {job.state}"]
+    parts += [job.reason] if job.reason else []
+    parts += [job.rank.reason.partition(": ")[2]] if job.state in LIVE else []
+    parts += [f"{job.examples:,} rows"] if job.examples else []
+    parts += [words.metrics({name: metric.value for name, metric in job.metrics.items()})] if job.metrics else []
+    return "; ".join(parts)

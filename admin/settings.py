@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Where the coordinator is and who asks, each from `HLORA_<NAME>`; the command's options override it."""
 
-    model_config = SettingsConfigDict(env_prefix="HLORA_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="HLORA_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     url: str = Field(default="http://127.0.0.1:8080", description="the coordinator's address")
     token: SecretStr | None = Field(default=None, description="an admin's or viewer's token")

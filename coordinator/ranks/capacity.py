@@ -68,7 +68,7 @@ class Capacity(Policy):
     A rank falls at once when it no longer fits, and rises only where the higher one fits with head-room.
     """
 
-    memory_share: Share = Field(default=0.8, description="share of the client's memory that a job may fill")
+    memory_share: Share = Field(default=0.9, description="share of the memory that the client offers that a job may fill")
     link_share: Share = Field(default=0.25, description="share of the job's time that slices may take on the link")
     time_share: Share = Field(default=0.75, description="share of the job's time that training may take")
     head_room: float = Field(default=0.25, ge=0, le=10, description="what must be to spare before a rank rises: 0.25 is 25 %")
