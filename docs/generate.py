@@ -127,11 +127,29 @@ def openapi() -> str:
     return json.dumps(description, indent=1, ensure_ascii=False) + "\n"
 
 
+def decisions() -> str:
+    """The list of decisions."""
+    found = sorted((HERE / "decisions").glob("[0-9]*.md"))
+    titles = (path.read_text("utf-8").splitlines()[0].removeprefix("# ") for path in found)
+    return f"""{WRITTEN}
+# Decisions
+
+What is hard to undo, and what one would otherwise ask again. A new one starts from the [template](template.md).
+
+{_lines(f"{title.partition(' ')[0]} [{title.partition(' ')[2]}]({path.name})" for title, path in zip(titles, found, strict=True))}
+"""
+
+
 def _lines(lines: Iterator[str]) -> str:
     return "\n".join(lines)
 
 
-DOCUMENTS: Mapping[str, Callable[[], str]] = {"problems.md": problems, "configuration.md": configuration, "openapi.json": openapi}
+DOCUMENTS: Mapping[str, Callable[[], str]] = {
+    "problems.md": problems,
+    "configuration.md": configuration,
+    "decisions/README.md": decisions,
+    "openapi.json": openapi,
+}
 
 
 def stale() -> list[str]:
