@@ -124,12 +124,7 @@ def _prefixes(name: str) -> list[str]:
 
 def card(plan: Plan, facts: Facts, rank: int) -> str:
     """README.md: front matter for model hubs, what the adapter is, how to load it, and how it was made."""
-    metrics = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(facts.metrics.items()))
-    measured = (
-        f"\nMeasured by the clients on their own held-out rows, weighted means:\n\n| metric | value |\n|---|---|\n{metrics}"
-        if metrics
-        else ""
-    )
+    revision = f" at revision `{plan.model.revision}`" if plan.model.revision else ""
     return f"""---
 base_model: {json.dumps(plan.model.id)}
 library_name: peft
@@ -143,7 +138,7 @@ tags:
 
 # {facts.run}, round {facts.round}, rank {rank}
 
-A LoRA adapter for `{plan.model.id}`{f" at revision `{plan.model.revision}`" if plan.model.revision else ""}, fine-tuned by a federation:
+A LoRA adapter for `{plan.model.id}`{revision}, fine-tuned by a federation:
 the training rows stayed on the clients' own machines, and each machine trained the rank that it could afford.
 
 ## Use
@@ -154,7 +149,12 @@ the training rows stayed on the clients' own machines, and each machine trained 
 
 ## How it was made
 
-| | |
+{_origin(plan, facts, rank)}
+{_measured(facts)}"""
+
+
+def _origin(plan: Plan, facts: Facts, rank: int) -> str:
+    return f"""| | |
 |---|---|
 | run | {facts.run} |
 | round | {facts.round} of {plan.rounds} |
@@ -163,8 +163,14 @@ the training rows stayed on the clients' own machines, and each machine trained 
 | strategy | `{plan.strategy.name}` |
 | rank of the global adapter | {plan.global_rank}; this folder holds its {min(rank, plan.global_rank)} leading directions |
 | base model's fingerprint | `{plan.model.fingerprint}` |
-| plan | `{plan.digest()}` |
-{measured}"""
+| plan | `{plan.digest()}` |"""
+
+
+def _measured(facts: Facts) -> str:
+    if not facts.metrics:
+        return ""
+    lines = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(facts.metrics.items()))
+    return f"\nMeasured by the clients on their own held-out rows, weighted means:\n\n| metric | value |\n|---|---|\n{lines}"
 
 
 def _use(plan: Plan) -> str:
