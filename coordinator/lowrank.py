@@ -142,14 +142,15 @@ def _gram(parts: Sequence[Tensor]) -> Tensor:
 def _root(gram: Tensor) -> Tensor:
     """L with L Lᵀ = gram, (R, k): Cholesky, or eigenvectors where rows depend on each other, as slices of one matrix do.
 
-    Scaled to a unit diagonal first, so that neither method sees how large the single rows are.
+    Scaled to a unit diagonal first, so that neither method sees how large the single rows are. Only L Lᵀ is used of L and
+    never its inverse, so nearly dependent rows do no harm: both methods give L Lᵀ to rounding.
     """
     t = gram.diagonal().sqrt()
     inverse = torch.where(t > 0, 1 / t, 0.0)
     correlation = inverse[:, None] * gram * inverse
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(correlation)
-    if not int(failed) and bool((lower.diagonal().square() > 100 * _tolerance(len(gram))).all()):
+    if not int(failed):
         return t[:, None] * lower
     values: Tensor
     vectors: Tensor

@@ -3,71 +3,22 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
-from coordinator.executors import open_executor
-from coordinator.merge import Input, RoundTask, first_adapter, merge_round
-from protocol import errors
-from protocol.plan import Dtype, Layout, Plan, Split
-from protocol.slices import TORCH_DTYPES, Factors, Slice, unpack
-from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, trained, untrained, update
+from coordinator.merge import first_adapter, merge_round
+from protocol.plan import Dtype, Layout, Split
+from protocol.slices import TORCH_DTYPES
+from tests.merging.rounds import changes, heard, merge, products, read_digest, second_round
+from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, untrained, update
 
 STRATEGIES = ["hlora", "delta"]
-CROWD = [(1, 3.0, 1.0), (2, 1.0, 1.0), (2, 2.0, 0.5), (4, 5.0, 1.0), (4, 1.0, 0.25)]  # rank, weight, shrink
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> Blobs:
-    return Blobs.open(tmp_path.as_uri())
-
-
-def merge(task: RoundTask, blobs: Blobs, executor: str = "threads://1") -> Merged:
-    with open_executor(executor) as pool:
-        return merge_round(task, pool, blobs)
-
-
-def crowd(blobs: Blobs, plan: Plan, before: Merged, first_seed: int = 0) -> list[Input]:
-    return [
-        send(blobs, plan, before.slices[rank], seed=first_seed + k, weight=weight, shrink=shrink)
-        for k, (rank, weight, shrink) in enumerate(CROWD)
-    ]
-
-
-def second_round(blobs: Blobs, plan: Plan) -> tuple[Merged, RoundTask]:
-    """What round 1 published, and round 2 to be merged: so that the adapter is not zero."""
-    first = first_adapter(plan, blobs)
-    before = merge(round_task(blobs, plan, first, crowd(blobs, plan, first)), blobs)
-    return before, round_task(blobs, plan, before, crowd(blobs, plan, before, 100), round=2)
-
-
-def heard(task: RoundTask, blobs: Blobs) -> list[tuple[float, float, Slice, Slice]]:
-    """Of every input: its share p, the share γ of its change that counts, what was trained, what was given."""
-    total = sum(x.weight for x in task.inputs)
-    return [(x.weight / total, x.shrink, read_digest(blobs, x.digest), read_digest(blobs, x.base)) for x in task.inputs]
-
-
-def read_digest(blobs: Blobs, digest: str) -> Slice:
-    return unpack(blobs.read(digest))
-
-
-def products(task: RoundTask, blobs: Blobs, module: str) -> Tensor:
-    """Σ p (γ s b a + (1 − γ) s₀ b₀ a₀)."""
-    return torch.stack([p * (y * update(t, module) + (1 - y) * update(g, module)) for p, y, t, g in heard(task, blobs)]).sum(dim=0)
-
-
-def changes(task: RoundTask, blobs: Blobs, module: str) -> Tensor:
-    """Σ p γ (s b a − s₀ b₀ a₀)."""
-    return torch.stack([p * y * (update(t, module) - update(g, module)) for p, y, t, g in heard(task, blobs)]).sum(dim=0)
 
 
 @pytest.mark.parametrize("wire", Dtype)
@@ -258,77 +209,3 @@ def test_keys_travel_and_tensors_do_not(blobs: Blobs) -> None:
         merge_round(task, executor, blobs)
     assert len(executor.weights) == 40
     assert max(executor.weights) < 4000  # one tensor of rank 4 has 4800 bytes
-
-
-def refused(task: RoundTask, blobs: Blobs, inputs: Sequence[Input]) -> pytest.ExceptionInfo[errors.HLoRAError]:
-    with pytest.raises(errors.HLoRAError) as caught:
-        merge(replace(task, inputs=tuple(inputs)), blobs)
-    return caught
-
-
-def test_an_empty_round_is_refused(blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan())
-    assert refused(task, blobs, []).type is errors.NoContributions
-
-
-def test_a_round_without_weight_is_refused(blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan())
-    assert refused(task, blobs, [replace(x, weight=0.0) for x in task.inputs]).type is errors.ZeroWeight
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"weight": -1.0}, {"weight": float("nan")}, {"weight": float("inf")}, {"shrink": 0.0}, {"shrink": 1.5}, {"shrink": float("nan")}],
-)
-def test_weights_and_shares_that_make_no_mean_are_refused(wrong: dict[str, float], blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan())
-    spoiled = replace(task.inputs[0], **wrong)  # type: ignore[arg-type]  # floats, all of them
-    caught = refused(task, blobs, [spoiled, *task.inputs[1:]])
-    assert caught.type is errors.UnmergeableRound
-    assert spoiled.digest in str(caught.value)
-
-
-@pytest.mark.parametrize("wrong", [{"rank": 2}, {"scale": 0.5}])
-def test_a_slice_that_is_not_what_was_recorded_of_it_is_refused(wrong: dict[str, Any], blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan())
-    assert refused(task, blobs, [replace(task.inputs[0], **wrong), *task.inputs[1:]]).type is errors.MismatchedSlice
-
-
-def test_a_missing_blob_is_named(blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan())
-    blobs.delete(task.inputs[1].digest)
-    assert task.inputs[1].digest in str(refused(task, blobs, task.inputs).value)
-
-
-@pytest.mark.parametrize("where", ["factors", "full"])
-def test_one_contribution_with_nan_never_reaches_a_sum(where: str, blobs: Blobs) -> None:
-    before, task = second_round(blobs, make_plan())
-
-    def poisoned(start: Slice, seed: int) -> Slice:
-        slice = trained(start, seed)
-        (slice.factors["block.v"].a if where == "factors" else slice.full["head.weight"])[0, 0] = float("nan")
-        return slice
-
-    bad = send(blobs, task.plan, before.slices[4], seed=9, train=poisoned)
-    assert refused(task, blobs, [*task.inputs, bad]).type is errors.NonFiniteSlice
-
-
-def test_an_adapter_that_the_wire_cannot_hold_is_refused(blobs: Blobs) -> None:
-    plan = make_plan("hlora", wire=Dtype.float16)
-    before = first_adapter(plan, blobs)
-
-    def huge(start: Slice, seed: int) -> Slice:
-        factors = {name: Factors(b=torch.full_like(f.b, 6e4), a=torch.full_like(f.a, 6e4)) for name, f in start.factors.items()}
-        return replace(start, factors=factors)
-
-    task = round_task(blobs, plan, before, [send(blobs, plan, before.slices[4], train=huge)])
-    assert refused(task, blobs, task.inputs).type is errors.NonFiniteSlice
-
-
-def test_a_plan_that_was_never_resolved_or_names_no_strategy_is_refused(blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan())
-    for plan in (make_plan(layout=None), make_plan("nothing"), make_plan("delta", options={"step": 1})):
-        with pytest.raises(errors.InvalidPlan):
-            merge(replace(task, plan=plan), blobs)
-    with pytest.raises(errors.InvalidPlan):
-        first_adapter(make_plan(layout=None), blobs)
