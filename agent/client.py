@@ -52,6 +52,7 @@ class Retry:
 
 
 ONCE = Retry(attempts=1)
+BRIEF = Retry(attempts=2)  # for what is worth little later
 
 
 def check_transport(url: str, *, insecure: bool) -> None:
@@ -144,11 +145,11 @@ class Client:
 
     async def renew(self, job: str, progress: Progress) -> Renewal:
         """Keep the lease, and say how far the work is."""
-        return read(await self._send("POST", f"/v1/jobs/{job}/lease", body=progress, retry=Retry(attempts=2)), Renewal)
+        return read(await self._send("POST", f"/v1/jobs/{job}/lease", body=progress, retry=BRIEF), Renewal)
 
     async def give_back(self, job: str, given: GiveBack) -> None:
         """Give the job back, with the reason."""
-        await self._send("DELETE", f"/v1/jobs/{job}/lease", body=given)
+        await self._send("DELETE", f"/v1/jobs/{job}/lease", body=given, retry=BRIEF)
 
     async def put_slice(self, job: str, epoch: int, ref: BlobRef, file: Path) -> SliceReceipt:
         """Send the trained slice."""

@@ -21,7 +21,10 @@ MULTIPLE = 8  # batches are padded to a multiple of this: fewer shapes for the k
 class Tokenizer(Protocol):
     """What is needed of transformers' tokenizers."""
 
-    eos_token_id: int | None
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text."""
+        ...
 
     def __call__(self, text: str, pair: str | None = None, /, **how: object) -> Mapping[str, list[int]]:
         """Ids, and segments if the model tells texts apart."""

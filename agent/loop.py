@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from time import monotonic
+from typing import Any, TypeVar
 
 import structlog
 
@@ -25,6 +26,7 @@ from agent.training import Outcome, Standing, Train
 from protocol import errors, slices
 from protocol.messages import BlobRef, GiveBack, Job, Profile, Progress, Result, Verdict
 
+T = TypeVar("T")
 log = structlog.get_logger("agent")
 RENEWALS = 3  # per lease, so that two may be lost
 LONGEST_REST = 300.0  # seconds between questions after jobs that this device could not do
@@ -83,9 +85,7 @@ class Loop:
                 await self._rest(60.0)
                 continue
             try:
-                if not told:
-                    await self.client.put_profile(profile)
-                    told = True
+                told = told or await self._unless_stopping(self.client.put_profile(profile)) is not None
                 came = await self.step()
             except HOPELESS:
                 raise
@@ -93,9 +93,10 @@ class Loop:
                 log.warning("coordinator-unavailable", problem=error.slug(), detail=error.detail)
                 came = Step.given_back
             failures = failures + 1 if came is Step.given_back else 0
-            await self._rest(max(self.pause_seconds, self._growing(failures)))
+            await self._rest(max(self.pause_seconds, self.growing(failures)))
 
-    def _growing(self, failures: int) -> float:
+    def growing(self, failures: int) -> float:
+        """Seconds of rest after so many jobs in a row that this device could not do: doubling, and a little random."""
         return self.chance.uniform(0.5, 1.0) * min(LONGEST_REST, 2.0 ** min(failures, 10)) if failures else 0.0
 
     async def _rest(self, seconds: float) -> None:
@@ -114,15 +115,15 @@ class Loop:
             log.info("job-taken", kind=answer.kind, rank=answer.rank, why=answer.rank_reason, model=answer.model.id, data=answer.data)
             return await self._hold(held)
 
-    async def _unless_stopping(self, question: Awaitable[Job | float]) -> Job | float | None:
+    async def _unless_stopping(self, question: Coroutine[Any, Any, T]) -> T | None:
         """The answer, or nothing if the agent is told to stop before it comes."""
-        asked, stop = asyncio.ensure_future(question), asyncio.ensure_future(self.stopping.wait())
-        await asyncio.wait({asked, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if asked.done():
-            return await asked
-        asked.cancel()
-        return None
+        asked, stop = asyncio.create_task(question), asyncio.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait({asked, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return await asked if asked.done() else None
+        finally:
+            asked.cancel()
+            stop.cancel()
 
     async def _hold(self, held: Held) -> Step:
         """Do a job with its lease renewed beside it; leave it when it is done, lost, refused, or the agent stops."""
@@ -194,23 +195,22 @@ class Loop:
         began = self.clock()
         start = self.folder / f"{job.slice.digest.removeprefix('sha256:')}.start"
         await self.client.blob(job.slice, start)
-        fetched = self.clock() - began
+        fetched = {"download_bytes": job.slice.bytes, "download_seconds": self.clock() - began}
         outcome, ref, trained = await self._in_thread(held, start)
-        usage = {"download_bytes": job.slice.bytes, "download_seconds": fetched}
-        if ref is not None:
-            held.standing = Standing("upload")
-            began = self.clock()
-            await self.client.put_slice(job.id, job.lease.epoch, ref, trained)
-            usage |= {"upload_bytes": ref.bytes, "upload_seconds": self.clock() - began}
-        result = Result(
-            epoch=job.lease.epoch,
-            slice=ref.digest if ref else None,
-            examples=outcome.examples,
-            metrics=outcome.metrics,
-            usage=outcome.usage.model_copy(update=usage),
-        )
-        await self.client.put_result(job.id, result)
-        trained.unlink(missing_ok=True)
+        try:
+            sent = await self._upload(held, ref, trained) if ref is not None else {}
+            usage = outcome.usage.model_copy(update={**fetched, **sent})
+            digest = ref.digest if ref is not None else None
+            result = Result(epoch=job.lease.epoch, slice=digest, examples=outcome.examples, metrics=outcome.metrics, usage=usage)
+            await self.client.put_result(job.id, result)
+        finally:
+            trained.unlink(missing_ok=True)
+
+    async def _upload(self, held: Held, ref: BlobRef, trained: Path) -> dict[str, float]:
+        held.standing = Standing("upload")
+        began = self.clock()
+        await self.client.put_slice(held.job.id, held.job.lease.epoch, ref, trained)
+        return {"upload_bytes": ref.bytes, "upload_seconds": self.clock() - began}
 
     async def _in_thread(self, held: Held, start: Path) -> tuple[Outcome, BlobRef | None, Path]:
         """Train away from the event loop. If this is cancelled, it still waits until the thread has noticed."""
@@ -219,6 +219,7 @@ class Loop:
             return await asyncio.shield(thread)
         finally:
             await asyncio.wait({thread})
+            thread.exception()  # has been heard of, or is that of a job which is no longer ours
 
     def _train(self, held: Held, start: Path) -> tuple[Outcome, BlobRef | None, Path]:
         """From the file of the slice that was handed out to the file of the trained one."""
@@ -227,6 +228,7 @@ class Loop:
         outcome = self.train(held.job, given, held.tell)
         if outcome.slice is None:
             return outcome, None, start
+        held.tell(Standing("upload"))
         ref = BlobRef(digest=slices.digest(outcome.slice), bytes=len(outcome.slice))
         trained = self.folder / f"{ref.digest.removeprefix('sha256:')}.trained"
         trained.write_bytes(outcome.slice)

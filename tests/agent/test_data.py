@@ -1,0 +1,149 @@
+"""Data sets by alias."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from agent import data
+from agent.data import Catalogue, Part
+from protocol import errors
+from protocol.messages import Dataset
+
+ROWS = [{"body": f"text {n}", "stars": n % 3} for n in range(20)]
+
+
+def home(folder: Path, toml: str) -> Catalogue:
+    (folder / "datasets.toml").write_text(toml)
+    return data.load(folder)
+
+
+def write(folder: Path, format: str, name: str = "rows", rows: list[dict[str, object]] = ROWS) -> str:
+    file = folder / f"{name}.{format}"
+    if format == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif format == "csv":
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), file)
+    return file.name
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
+def test_rows_come_in_order_with_columns_named_as_plans_name_them(tmp_path: Path, format: str) -> None:
+    name = write(tmp_path, format)
+    catalogue = home(tmp_path, f'[reviews]\nformat = "{format}"\npath = "{name}"\ncolumns = {{ body = "text" }}\n')
+    rows = list(catalogue.rows("reviews", Part.train))
+    assert [row["text"] for row in rows] == [f"text {n}" for n in range(20)]
+    assert [str(row["stars"]) for row in rows] == [str(n % 3) for n in range(20)]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
+def test_a_held_out_file_is_the_held_out_part(tmp_path: Path, format: str) -> None:
+    name, kept = write(tmp_path, format), write(tmp_path, format, "kept", ROWS[:3])
+    catalogue = home(tmp_path, f'[reviews]\nformat = "{format}"\npath = "{name}"\nheld_out = "{kept}"\n')
+    assert len(list(catalogue.rows("reviews", Part.train))) == 20
+    assert len(list(catalogue.rows("reviews", Part.held_out))) == 3
+    assert catalogue.describe("reviews") == Dataset(train=20, held_out=3, columns=["body", "stars"])
+
+
+def parts(catalogue: Catalogue) -> tuple[list[object], list[object]]:
+    return tuple([row["body"] for row in catalogue.rows("reviews", part)] for part in (Part.train, Part.held_out))  # type: ignore[return-value]  # two parts
+
+
+def test_a_held_out_share_is_disjoint_exact_and_the_same_every_time(tmp_path: Path) -> None:
+    toml = f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\nheld_out = 0.25\n'
+    catalogue = home(tmp_path, toml)
+    train, kept = parts(catalogue)
+    assert len(kept) == 5
+    assert sorted([*train, *kept], key=str) == sorted((row["body"] for row in ROWS), key=str)
+    assert parts(home(tmp_path, toml)) == (train, kept)
+    assert parts(home(tmp_path, toml + "seed = 1\n"))[1] != kept
+    assert catalogue.describe("reviews") == Dataset(train=15, held_out=5, columns=["body", "stars"])
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.001, 1), (0.999, 19)])
+def test_a_share_keeps_back_at_least_one_row_and_never_all(tmp_path: Path, share: float, kept: int) -> None:
+    catalogue = home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\nheld_out = {share}\n')
+    assert catalogue.describe("reviews").held_out == kept
+
+
+def test_no_more_than_max_rows_are_read(tmp_path: Path) -> None:
+    catalogue = home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\nmax_rows = 6\nheld_out = 0.5\n')
+    assert catalogue.describe("reviews") == Dataset(train=3, held_out=3, columns=["body", "stars"])
+    assert {row["body"] for part in Part for row in catalogue.rows("reviews", part)} == {f"text {n}" for n in range(6)}
+
+
+def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "first"}\nthis is no JSON\n')
+    catalogue = home(tmp_path, '[reviews]\nformat = "jsonl"\npath = "rows.jsonl"\n')
+    rows = catalogue.rows("reviews", Part.train)
+    assert next(rows) == {"body": "first"}
+    with pytest.raises(errors.DataRefusal):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"body": "a secret"\n', "cannot be read as jsonl (JSONDecodeError)"),
+        (b'["a secret"]\n', "cannot be read as jsonl (ValueError)"),
+        (b'{"body": "\xff a secret"}\n', "cannot be read as jsonl (UnicodeDecodeError)"),
+        (b"", "has no rows"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused_without_quoting_it(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(errors.DataRefusal) as refused:
+        home(tmp_path, '[reviews]\nformat = "jsonl"\npath = "rows.jsonl"\n').describe("reviews")
+    assert words in refused.value.detail
+    assert "secret" not in refused.value.detail
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.DataRefusal, match=r"rows\.csv is not there"):
+        home(tmp_path, '[reviews]\nformat = "csv"\npath = "rows.csv"\n').describe("reviews")
+
+
+def test_an_alias_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(errors.DataRefusal, match="only reviews; add it to"):
+        home(tmp_path, '[reviews]\nformat = "csv"\npath = "rows.csv"\n').rows("news", Part.train)
+
+
+def test_a_set_that_keeps_nothing_back_has_nothing_to_evaluate_on(tmp_path: Path) -> None:
+    catalogue = home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\n')
+    with pytest.raises(errors.DataRefusal, match="set held_out"):
+        catalogue.rows("reviews", Part.held_out)
+
+
+def test_one_row_cannot_be_shared(tmp_path: Path) -> None:
+    name = write(tmp_path, "jsonl", rows=ROWS[:1])
+    with pytest.raises(errors.DataRefusal, match="two or more"):
+        home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{name}"\nheld_out = 0.5\n').describe("reviews")
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[reviews\n", "is no TOML"),
+        ('[reviews]\nformat = "xml"\npath = "x"\n', "reviews.format"),
+        ('[reviews]\nformat = "csv"\npath = "x"\nheldout = 0.1\n', "reviews.heldout"),
+        ('[reviews]\nformat = "csv"\npath = "x"\nheld_out = 1\n', "no share between 0 and 1"),
+    ],
+)
+def test_a_catalogue_that_makes_no_sense_is_refused_with_the_place(tmp_path: Path, toml: str, words: str) -> None:
+    with pytest.raises(errors.DataRefusal) as refused:
+        home(tmp_path, toml)
+    assert words in refused.value.detail
+
+
+def test_a_device_without_a_catalogue_has_no_data(tmp_path: Path) -> None:
+    assert data.load(tmp_path).sources == {}

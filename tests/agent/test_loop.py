@@ -1,0 +1,402 @@
+"""The loop against the real coordinator: every job ends with an answer, a reason, or a lease that somebody else has."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import select
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from agent.client import Client
+from agent.loop import Loop, Step
+from agent.policy import Policy
+from agent.training import Outcome, Standing, Tell, Train, Trainer
+from coordinator.tables import Job as JobRow
+from modelling.layout import resolve
+from protocol import errors, slices
+from protocol.messages import Job, JobKind, JobState, Metric, Usage
+from protocol.slices import Slice
+from tests.agent.work import catalogue
+from tests.federation import Device, Federation, make_plan, make_profile, moved, open_federation
+from tests.modelling.drawn import CLASSES
+
+PATIENCE = 30.0  # seconds; an outer bound, nothing is measured by it
+ALONE: dict[str, Any] = {"cohort": {"target": 1, "quorum": 1}, "evaluation": {"every": 0}, "rounds": 1}
+
+
+@pytest.fixture
+async def federation(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Federation]:
+    async with open_federation(sqlite_url, tmp_path / "coordinator") as found:
+        yield found
+
+
+@dataclass
+class Steps:
+    """Training whose steps take no time and never end, until it is told to stop or let go."""
+
+    begun: threading.Event = field(default_factory=threading.Event)
+    enough: threading.Event = field(default_factory=threading.Event)
+    stopped_by: list[Exception] = field(default_factory=list)
+
+    def __call__(self, job: Job, start: Slice, tell: Tell) -> Outcome:
+        step = 0
+        while not self.enough.wait(0.01):
+            step += 1
+            try:
+                tell(Standing("train", step, step + 1, 0.5))
+            except errors.HLoRAError as error:
+                self.stopped_by.append(error)
+                raise
+            self.begun.set()
+        return done(job, start)
+
+    async def until_begun(self) -> None:
+        assert await asyncio.to_thread(self.begun.wait, PATIENCE)
+
+
+@dataclass
+class Block(Steps):
+    """Training that blocks its thread in one long step."""
+
+    def __call__(self, job: Job, start: Slice, tell: Tell) -> Outcome:
+        tell(Standing("train", 3, 10, 0.5))
+        self.begun.set()
+        assert self.enough.wait(PATIENCE)
+        return done(job, start)
+
+
+def done(job: Job, start: Slice) -> Outcome:
+    trained = slices.pack(moved(start, job), job.layout, job.wire) if job.kind is JobKind.train else None
+    return Outcome(examples=5, metrics={"loss": Metric(value=0.5, weight=5)}, usage=Usage(seconds=1), slice=trained)
+
+
+def instantly(job: Job, start: Slice, tell: Tell) -> Outcome:
+    return done(job, start)
+
+
+def refusing(error: Exception) -> Train:
+    def train(job: Job, start: Slice, tell: Tell) -> Outcome:
+        raise error
+
+    return train
+
+
+@asynccontextmanager
+async def looping(
+    federation: Federation, device: Device, train: Train, folder: Path, *, app: ASGIApp | None = None, **how: Any
+) -> AsyncIterator[Loop]:
+    """An agent with that device's credential; nothing of its work is left on the disk."""
+    assert device.secret is not None
+    transport = httpx.ASGITransport(app=app or federation.app)
+    async with Client("http://localhost", SecretStr(device.secret), transport=transport, sleep=no_pause) as client:
+        settings: dict[str, Any] = {"policy": Policy(), "wait_seconds": 0, "chance": random.Random(0)} | how
+        yield Loop(client, train, folder=folder / "outbox", **settings)
+    assert list((folder / "outbox").glob("*")) == []
+
+
+async def no_pause(_: float) -> None:
+    """Requests are repeated at once."""
+    await asyncio.sleep(0)
+
+
+async def begin(federation: Federation, **changes: Any) -> tuple[Device, str]:
+    """One device, and a run whose first round asks it to train."""
+    device = await federation.enrol("device")
+    return device, await federation.open(make_plan(**ALONE, **changes))
+
+
+async def last_job(federation: Federation, run: str) -> tuple[JobState, str | None]:
+    job = (await federation.admin.round(run, 1)).jobs[-1]
+    return job.state, job.reason
+
+
+async def until(what: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(int(PATIENCE / 0.01)):
+        if await what():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came to that")
+
+
+async def ended(federation: Federation, run: str, state: JobState) -> None:
+    """Wait until the one job has come to that state."""
+
+    async def there() -> bool:
+        return (await last_job(federation, run))[0] is state
+
+    await until(there)
+
+
+async def test_jobs_are_done_until_there_are_no_more(federation: Federation, tmp_path: Path) -> None:
+    device = await federation.enrol("device")
+    run = await federation.open(make_plan(**ALONE | {"evaluation": {"every": 1}, "rounds": 2}))
+    async with looping(federation, device, instantly, tmp_path) as loop:
+        steps = []
+        while (await federation.admin.run(run)).state == "running":
+            steps.append(await loop.step())
+            federation.tick()
+        assert steps.count(Step.done) == 5  # trained twice; measured before, between and after
+        assert await loop.step() is Step.idle
+    view = next(view for view in (await federation.admin.round(run, 2)).jobs if view.kind is JobKind.train)
+    assert view.usage is not None
+    assert view.slice is not None
+    assert view.usage.upload_bytes == view.slice.bytes
+    assert view.usage.download_bytes > 0
+
+
+async def test_an_idle_agent_waits_as_long_as_it_is_asked_to(federation: Federation, tmp_path: Path) -> None:
+    async with looping(federation, await federation.enrol("device"), instantly, tmp_path) as loop:
+        assert await loop.step() is Step.idle
+        assert loop.pause_seconds == 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (errors.DataRefusal("no column"), "data-refusal"),
+        (errors.MemoryRefusal("no room"), "memory-refusal"),
+        (errors.ModelRefusal("another model"), "model-refusal"),
+        (errors.NonFiniteSlice("it diverged"), "non-finite-slice"),
+    ],
+)
+async def test_a_refused_job_is_given_back_with_its_reason(
+    federation: Federation, tmp_path: Path, error: errors.HLoRAError, problem: str
+) -> None:
+    device, run = await begin(federation)
+    async with looping(federation, device, refusing(error), tmp_path) as loop:
+        assert await loop.step() is Step.given_back
+    assert await last_job(federation, run) == (JobState.released, error.detail)
+
+
+async def test_a_defect_gives_the_job_back_without_quoting_it(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation)
+    async with looping(federation, device, refusing(KeyError("a secret row")), tmp_path) as loop:
+        assert await loop.step() is Step.given_back
+    assert await last_job(federation, run) == (JobState.released, "the agent failed with KeyError; its log has the trace")
+
+
+async def test_the_policy_is_asked_before_anything_is_fetched(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation)
+    async with looping(federation, device, instantly, tmp_path, policy=Policy(largest_rank=1)) as loop:
+        assert await loop.step() is Step.given_back
+    state, reason = await last_job(federation, run)
+    assert (state, reason) == (JobState.released, "the policy's largest_rank is 1; the job's is 4")
+
+
+async def test_a_slice_that_the_coordinator_rejects_ends_the_job(federation: Federation, tmp_path: Path) -> None:
+    def dishonest(job: Job, start: Slice, tell: Tell) -> Outcome:
+        return done(job.model_copy(update={"round": job.round + 1}), start)
+
+    device, run = await begin(federation)
+    async with looping(federation, device, dishonest, tmp_path) as loop:
+        assert await loop.step() is Step.given_back
+    state, reason = await last_job(federation, run)
+    assert state is JobState.rejected
+    assert "round" in (reason or "")
+
+
+QUICK = {"lease": 0.2, "no_progress": 600, "job": 3600, "round": 7200}
+
+
+async def test_the_lease_is_renewed_while_a_long_step_blocks_the_worker(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation, times=QUICK)
+    work = Block()
+    async with looping(federation, device, work, tmp_path) as loop:
+        step = asyncio.create_task(loop.step())
+        await work.until_begun()
+        for _ in range(3):  # without the renewal between two of them the lease would have run out
+            federation.clock.advance(0.15)
+            await leased_anew(federation)
+            federation.tick()
+        progress = (await federation.admin.round(run, 1)).jobs[0].progress
+        assert progress is not None
+        assert (progress.phase, progress.step, progress.steps, progress.loss) == ("train", 3, 10, 0.5)
+        work.enough.set()
+        assert await step is Step.done
+
+
+async def leased_anew(federation: Federation) -> None:
+    """Wait until the lease of the one leased job runs for its whole time."""
+
+    async def whole() -> bool:
+        with federation.parts.database.read() as session:
+            end = session.scalars(select(JobRow.lease_until).where(JobRow.state == JobState.leased)).one()
+        return end is not None and end - federation.clock.now == timedelta(seconds=QUICK["lease"])
+
+    await until(whole)
+
+
+async def test_a_job_whose_run_is_stopped_ends_at_the_next_step(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation, times=QUICK)
+    work = Steps()
+    async with looping(federation, device, work, tmp_path) as loop:
+        step = asyncio.create_task(loop.step())
+        await work.until_begun()
+        await federation.admin.change_run(run, "stop")
+        assert await step is Step.over
+    assert [type(error) for error in work.stopped_by] == [errors.JobOver]
+    assert (await last_job(federation, run))[0] is JobState.cancelled
+
+
+async def test_a_job_that_somebody_else_holds_by_now_ends_at_the_next_step(federation: Federation, tmp_path: Path) -> None:
+    device, _ = await begin(federation, times=QUICK)
+    work = Steps()
+    async with looping(federation, device, work, tmp_path) as loop:
+        step = asyncio.create_task(loop.step())
+        await work.until_begun()
+        assert await device.next_job() is not None  # the same credential on another machine: the epoch rises
+        assert await step is Step.over
+    assert [type(error) for error in work.stopped_by] == [errors.StaleLease]
+
+
+async def test_a_verdict_to_cancel_ends_the_job_at_the_next_step(federation: Federation, tmp_path: Path) -> None:
+    async def cancelling(scope: Scope, receive: Receive, send: Send) -> None:
+        renewal = scope["path"].endswith("/lease") and scope["method"] == "POST"
+        verdict = JSONResponse({"verdict": "cancel", "lease_seconds": 60, "remaining_seconds": 60})
+        await (verdict if renewal else federation.app)(scope, receive, send)
+
+    device, _ = await begin(federation, times=QUICK)
+    work = Steps()
+    async with looping(federation, device, work, tmp_path, app=cancelling) as loop:
+        assert await loop.step() is Step.over
+    assert [type(error) for error in work.stopped_by] == [errors.JobOver]
+
+
+async def test_renewals_that_get_lost_are_tried_again(federation: Federation, tmp_path: Path) -> None:
+    lost = iter(range(2 * 2))  # two renewals, each tried twice
+
+    async def losing(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].endswith("/lease") and scope["method"] == "POST" and next(lost, None) is not None:
+            raise httpx.ReadTimeout("lost")
+        await federation.app(scope, receive, send)
+
+    device, run = await begin(federation, times=QUICK)
+    work = Steps()
+    async with looping(federation, device, work, tmp_path, app=losing) as loop:
+        step = asyncio.create_task(loop.step())
+        await work.until_begun()
+        federation.clock.advance(0.1)
+        await leased_anew(federation)
+        work.enough.set()
+        assert await step is Step.done
+    assert next(lost, None) is None
+    assert (await last_job(federation, run))[0] is JobState.submitted
+
+
+async def test_a_stopping_agent_gives_its_job_back_and_ends(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation)
+    work = Steps()
+    async with looping(federation, device, work, tmp_path) as loop:
+        running = asyncio.create_task(loop.run(make_profile()))
+        await work.until_begun()
+        loop.stopping.set()
+        await asyncio.wait_for(running, PATIENCE)
+    assert await last_job(federation, run) == (JobState.released, "the agent is stopping")
+    assert len(work.stopped_by) == 1
+
+
+async def test_a_stopping_agent_gives_its_job_back_before_a_long_step_ends(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation)
+    work = Block()
+    async with looping(federation, device, work, tmp_path) as loop:
+        running = asyncio.create_task(loop.run(make_profile()))
+        await work.until_begun()
+        loop.stopping.set()
+        await ended(federation, run, JobState.released)
+        assert not running.done()
+        work.enough.set()
+        await asyncio.wait_for(running, PATIENCE)
+
+
+async def test_a_stopping_agent_does_not_wait_for_an_answer_to_its_question(federation: Federation, tmp_path: Path) -> None:
+    device = await federation.enrol("device")
+    async with looping(federation, device, instantly, tmp_path, wait_seconds=20) as loop:
+        running = asyncio.create_task(loop.run(make_profile()))
+        await asyncio.sleep(0)
+        loop.stopping.set()
+        await asyncio.wait_for(running, PATIENCE)
+
+
+async def test_outside_its_hours_an_agent_asks_for_nothing_and_gives_back_what_it_has(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation, times=QUICK)
+    moment = [datetime(2026, 1, 1, 23, 30, tzinfo=UTC)]
+    work = Steps()
+    nightly = Policy(hours=["22:00-06:00"])
+    async with looping(federation, device, work, tmp_path, policy=nightly, now=lambda: moment[0]) as loop:
+        step = asyncio.create_task(loop.step())
+        await work.until_begun()
+        moment[0] = datetime(2026, 1, 2, 6, 0, tzinfo=UTC)
+        assert await step is Step.given_back
+        reason = "the hours in which the policy allows work have ended"
+        assert await last_job(federation, run) == (JobState.released, reason)
+        running = asyncio.create_task(loop.run(make_profile(train=77)))
+        await asyncio.sleep(0.05)
+        assert (await federation.admin.client(device)).profile.datasets["texts"].train == 10  # it has not even told its profile
+        loop.stopping.set()
+        await running
+
+
+async def test_a_revoked_credential_ends_the_agent(federation: Federation, tmp_path: Path) -> None:
+    device, _ = await begin(federation)
+    await federation.admin.change_client(device, state="revoked")
+    async with looping(federation, device, instantly, tmp_path) as loop:
+        with pytest.raises(errors.Unauthenticated):
+            await loop.run(make_profile())
+
+
+async def test_a_coordinator_that_is_away_is_waited_for(federation: Federation, tmp_path: Path) -> None:
+    away = iter(range(8))  # more than one request is tried
+
+    async def leaving(scope: Scope, receive: Receive, send: Send) -> None:
+        if next(away, None) is not None:
+            raise httpx.ConnectError("refused")
+        await federation.app(scope, receive, send)
+
+    device, run = await begin(federation)
+    work = Steps()
+    async with looping(federation, device, work, tmp_path, app=leaving) as loop:
+        running = asyncio.create_task(loop.run(make_profile()))
+        await work.until_begun()
+        work.enough.set()
+        await ended(federation, run, JobState.submitted)
+        loop.stopping.set()
+        await running
+
+
+async def test_what_is_refused_again_and_again_is_asked_for_less_and_less(federation: Federation, tmp_path: Path) -> None:
+    device, _ = await begin(federation)
+    async with looping(federation, device, instantly, tmp_path) as loop:
+        rests = [loop.growing(failures) for failures in (0, 1, 2, 5, 100)]
+    assert rests[0] == 0
+    assert all(2.0**n / 2 <= rest <= 2.0**n for n, rest in zip((1, 2, 5), rests[1:4], strict=True))
+    assert 150 <= rests[4] <= 300
+
+
+async def test_a_real_model_is_trained_over_the_wire(federation: Federation, encoder: Path, tmp_path: Path) -> None:
+    """The whole path once: resolved plan, real training, evaluation on held-out rows, published adapters."""
+    data = catalogue(tmp_path)
+    device = await federation.enrol("device", make_profile(datasets={"things": data.describe("things")}))
+    task = {"task": CLASSES, "data": "things", "model": {"id": str(encoder)}, "layout": None, "rounds": 2}
+    training = {"learning_rate": 0.02, "batch_size": 4, "epochs": 20, "precision": "float32"}
+    plan = make_plan(cohort={"target": 1, "quorum": 1}, adapter={"modules": ["query", "value"]}, training=training, **task)
+    run = await federation.open(resolve(plan))
+    async with looping(federation, device, Trainer(data), tmp_path) as loop:
+        for _ in range(20):
+            await loop.step()
+            federation.tick()
+    detail = await federation.admin.run(run)
+    assert (detail.state, detail.round) == ("finished", 2)
+    losses = [(await federation.admin.round(run, n)).metrics["loss"] for n in range(3)]
+    assert losses[2] < losses[0]

@@ -1,0 +1,80 @@
+"""Jobs for tiny models, and rows that can be learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import time
+from pathlib import Path
+
+from agent.data import Catalogue, Source
+from modelling.layout import resolve
+from protocol import slices
+from protocol.messages import BlobRef, Job, JobKind, Lease
+from protocol.plan import Dtype, Plan, Task
+from protocol.slices import Slice, largest_length
+from tests.modelling.drawn import CLASSES, drawn_slice, tiny_plan
+
+NOON = time(12, 0)
+SCALE = 2.0
+ROWS: list[Mapping[str, object]] = [
+    {"text": f"{filler} the {colour} one {filler}", "label": colour}
+    for filler in ("see", "take", "give me", "look at", "we like", "this is", "that was", "all of")
+    for colour in ("blue", "green", "red")
+]
+
+
+def resolved(model: Path, task: Task = CLASSES) -> Plan:
+    """A resolved plan for a tiny model."""
+    return resolve(tiny_plan(model, task))
+
+
+def make_start(model: Path, rank: int = 2, task: Task = CLASSES) -> Slice:
+    """A slice to start from."""
+    return drawn_slice(resolved(model, task), rank, SCALE)
+
+
+def make_job(
+    model: Path,
+    *,
+    rank: int = 2,
+    kind: JobKind = JobKind.train,
+    task: Task = CLASSES,
+    seed: int = 1,
+    wire: Dtype = Dtype.float32,
+    **training: object,
+) -> Job:
+    """A job as the coordinator would hand it out; changes are of the training."""
+    plan = resolved(model, task)
+    assert plan.layout is not None
+    data = slices.pack(make_start(model, rank, task), plan.layout, wire)
+    return Job.model_validate(
+        {
+            "id": "job-1",
+            "run": "run-1",
+            "run_name": "tiny",
+            "round": 3,
+            "kind": kind,
+            "rank": rank,
+            "rank_reason": "for a test",
+            "scale": SCALE,
+            "seed": seed,
+            "slice": BlobRef(digest=slices.digest(data), bytes=len(data)),
+            "lease": Lease(epoch=1, seconds=60, no_progress_seconds=600),
+            "remaining_seconds": 600,
+            "max_upload_bytes": largest_length(plan.layout, rank, wire),
+            "model": plan.model,
+            "task": task,
+            "data": "things",
+            "adapter": plan.adapter,
+            "layout": plan.layout,
+            "training": {"learning_rate": 5e-3, "batch_size": 4, "precision": "float32", **training},
+            "wire": wire,
+        }
+    )
+
+
+def catalogue(folder: Path, rows: list[Mapping[str, object]] = ROWS, held_out: float | None = 0.25) -> Catalogue:
+    """One data set, `things`."""
+    (folder / "things.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Catalogue({"things": Source(format="jsonl", path="things.jsonl", held_out=held_out)}, folder)
