@@ -36,7 +36,7 @@ router = APIRouter(prefix="/v1", tags=["agents"])
 HELD = (errors.NotFound, errors.StaleLease, errors.JobOver)
 
 
-@router.post("/clients", responses=documented(*COMMON, errors.EnrolmentOver, errors.NameTaken))
+@router.post("/clients", status_code=201, responses=documented(*COMMON, errors.EnrolmentOver, errors.NameTaken))
 def enrol(body: Enrol, caller: Newcomer, parts: Parts) -> Enrolled:
     """Redeem an enrolment token with a name and a profile; the credential is told this once."""
     with parts.database.write() as session:

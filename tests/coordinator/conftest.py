@@ -1,0 +1,24 @@
+"""The whole coordinator, on both databases where its state matters and on SQLite where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.federation import Federation, open_federation
+
+
+@pytest.fixture
+async def federation(database_url: str, tmp_path: Path) -> AsyncIterator[Federation]:
+    """A coordinator without clients, on either database."""
+    async with open_federation(database_url, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+async def small(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Federation]:
+    """A coordinator without clients, on SQLite: for what no database decides."""
+    async with open_federation(sqlite_url, tmp_path) as found:
+        yield found
