@@ -34,17 +34,17 @@ def watch(
     with connect(ctx) as client:
         id = run_id(client, run)
         if as_json:
-            last = follow(client, id, _Changes(lambda change: change.model_dump_json(exclude_none=True)), interval)
+            last = follow(client, id, Lines(lambda change: change.model_dump_json(exclude_none=True)), interval)
         elif sys.stdout.isatty():
             with Live(console=console(), auto_refresh=False, vertical_overflow="crop") as live:
                 last = follow(client, id, lambda now, trouble: live.update(screen(now, trouble), refresh=True), interval)
         else:
-            last = follow(client, id, _Changes(line), interval)
+            last = follow(client, id, Lines(line), interval)
     raise typer.Exit(EXIT_CODES[last.run.state])
 
 
-class _Changes:
-    """Prints what changed since it was last called, one line each."""
+class Lines:
+    """Prints what changed since it was last called, one line each; trouble goes to the standard error."""
 
     def __init__(self, words: Callable[[Change], str | None]) -> None:
         self._words = words

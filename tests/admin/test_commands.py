@@ -274,16 +274,24 @@ def test_every_command_answers_as_json_explains_itself_and_stands_in_the_handboo
     assert f"`{' '.join(words)}" in DOCS.read_text()
 
 
-def test_a_plan_without_layout_needs_packages_that_are_named_where_they_are_missing(tmp_path: Path) -> None:
-    plan = make_plan().model_dump(mode="json") | {"layout": None}
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+def without_transformers(desk: Desk, *words: object) -> str:
+    """The one line of a command that must fail where transformers is not installed."""
     code = "import sys; sys.modules['transformers'] = None; from admin.__main__ import app; app()"
-    found = subprocess.run(
-        [sys.executable, "-c", code, "plans", "check", str(tmp_path / "plan.json")], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert (found.returncode, found.stdout) == (1, "")
-    assert found.stderr.count("\n") == 1
-    assert "pip install 'hlora[agent]'" in found.stderr
+    environment = {**os.environ, "HLORA_URL": desk.url, "HLORA_TOKEN": desk.token}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (1, "", 1)
+    return found.stderr
+
+
+async def test_packages_that_are_missing_are_named_with_the_extra_that_brings_them(desk: Desk, plan_file: Path, tmp_path: Path) -> None:
+    desk.say("runs", "create", plan_file)
+    desk.federation.tick()
+    unresolved = write(plan_file, make_plan().model_dump(mode="json") | {"layout": None})
+    for words in (["plans", "check", unresolved], ["adapter", "pull", "small", "--merged", "--out", tmp_path / "out"]):
+        said = without_transformers(desk, *words)
+        assert "transformers" in said
+        assert "pip install 'hlora[agent]'" in said
 
 
 def test_plans_are_read_back_as_they_were_resolved(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def rank_of(
 
 
 @given(memories, memories, speeds, speeds, links, links, rows, previous)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_more_memory_speed_and_link_never_lower_a_rank(
     m1: int, m2: int, s1: float, s2: float, l1: float, l2: float, examples: int, before: int | None
 ) -> None:
@@ -202,14 +202,14 @@ def test_more_memory_speed_and_link_never_lower_a_rank(
 
 
 @given(memories, links, rows, rows, previous)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_more_examples_never_lower_a_rank_where_time_is_ample(memory: int, link: float, n1: int, n2: int, before: int | None) -> None:
     few, many = sorted((n1, n2))
     assert rank_of(memory, 1e15, link, few, before) <= rank_of(memory, 1e15, link, many, before)
 
 
 @given(memories, speeds, links, rows, st.floats(1e-3, 10), st.floats(1e-3, 10), st.integers(1_000_000, 9_000_000), previous)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_a_slower_measured_step_never_raises_a_rank(
     memory: int, speed: float, link: float, examples: int, t1: float, t2: float, peak: int, before: int | None
 ) -> None:
@@ -218,14 +218,14 @@ def test_a_slower_measured_step_never_raises_a_rank(
 
 
 @given(memories, speeds, links, rows)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_what_was_chosen_is_chosen_again(memory: int, speed: float, link: float, examples: int) -> None:
     first = rank_of(memory, speed, link, examples, None)
     assert rank_of(memory, speed, link, examples, first or None) == first
 
 
 @given(memories, speeds, links, rows, st.sampled_from(LADDER))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_history_never_gives_more_than_what_fits_nor_less_than_it_was_unless_it_must_fall(
     memory: int, speed: float, link: float, examples: int, before: int
 ) -> None:

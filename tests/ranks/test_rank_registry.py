@@ -69,7 +69,7 @@ def test_a_name_that_is_not_in_the_folder_loads_nothing(wrong: str) -> None:
     previous=st.sampled_from([None, 2, 4, 8, 16]),
     ladder=st.sets(st.sampled_from([2, 4, 8, 16]), min_size=1).map(lambda rungs: tuple(sorted({*rungs, 2, 4, 16}))),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_a_chosen_rank_is_on_the_ladder_and_within_the_owners_limits(
     name: str,
     memory: int,
