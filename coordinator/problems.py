@@ -119,6 +119,8 @@ _FRAMEWORK: Mapping[int, type[HLoRAError]] = {404: errors.NotFound, 405: errors.
 
 async def _of_framework(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, HLoRAError):  # the framework wraps what it met while it read the body
+        return answer(error.__cause__)
     response = answer(_FRAMEWORK.get(error.status_code, errors.InvalidRequest)(f"{error.detail}; the routes are listed at /docs"))
     response.headers.update(error.headers or {})
     return response
