@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from coordinator import access, aggregation, events, ranks, rounds
@@ -48,8 +49,11 @@ def create(session: Session, plan: Plan, key: str | None, now: datetime) -> tupl
         key=key,
         created_at=now,
     )
-    session.add(run)
-    session.flush()
+    try:
+        with session.begin_nested():
+            session.add(run)
+    except IntegrityError:  # the same key made a run at this moment; the second look finds it
+        return create(session, plan, key, now)
     rounds.begin(session, run, now)
     events.record(session, now, "run-created", run=run.id, name=run.name)
     return run, True
