@@ -162,7 +162,7 @@ async def test_text_with_nul_is_kept_or_refused_but_never_a_defect(federation: F
 
 
 EDGES = st.sampled_from([5e-324, 1e-300, 1e-9, 1.0, 1e9, 1e12])
-PROFILES = st.builds(
+PROFILES: st.SearchStrategy[dict[str, Any]] = st.builds(
     dict,
     memory_bytes=st.sampled_from([1, 1000, 10**9, 2**53 - 1]),
     training_flops=st.one_of(EDGES, st.just(1e18)),
