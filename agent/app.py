@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
 from pathlib import Path
 
 import structlog
@@ -12,7 +13,7 @@ import torch
 from pydantic import SecretStr
 
 from agent import data, identity, machine, policy
-from agent.client import Client
+from agent.client import PATIENT, Client, Retry
 from agent.identity import Identity
 from agent.loop import Loop
 from agent.policy import Policy
@@ -35,14 +36,15 @@ def configure(settings: Settings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 
 
-def connect(settings: Settings, url: str, credential: SecretStr | None = None) -> Client:
+def connect(settings: Settings, url: str, credential: SecretStr | None = None, retry: Retry = PATIENT) -> Client:
     """A client of the coordinator there, by the way that the settings allow. Raises InsecureTransport."""
-    return Client(url, credential, insecure=settings.insecure, ca_file=settings.ca_file, proxy=settings.proxy)
+    return Client(url, credential, insecure=settings.insecure, ca_file=settings.ca_file, proxy=settings.proxy, retry=retry)
 
 
 def profile(home: Path, allowed: Policy) -> Profile:

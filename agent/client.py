@@ -51,6 +51,7 @@ class Retry:
     longest_seconds: float = 30.0
 
 
+PATIENT = Retry()
 ONCE = Retry(attempts=1)
 BRIEF = Retry(attempts=2)  # for what is worth little later
 
@@ -84,7 +85,7 @@ class Client:
         insecure: bool = False,
         ca_file: Path | None = None,
         proxy: str | None = None,
-        retry: Retry = Retry(),
+        retry: Retry = PATIENT,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         chance: random.Random | None = None,
     ) -> None:

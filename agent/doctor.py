@@ -11,6 +11,7 @@ import psutil
 from pydantic import SecretStr
 
 from agent import app, data, identity, machine, policy
+from agent.client import ONCE
 from agent.data import Catalogue
 from agent.policy import Policy
 from agent.settings import Settings
@@ -75,12 +76,10 @@ def _device(allowed: Policy) -> str:
 def _memory(allowed: Policy) -> str:
     place = machine.device(allowed.device)
     offered, free = allowed.offered(machine.memory_bytes(place)), psutil.virtual_memory().available
-    if place == "cpu" and offered > free:
-        raise errors.MemoryRefusal(
-            f"{offered / 2**30:.1f} GiB are offered but only {free / 2**30:.1f} GiB are free now; close other programs, "
-            f"or offer less with memory_share or memory_bytes in {policy.FILE}"
-        )
-    return f"{offered / 2**30:.1f} GiB offered"
+    found = f"{offered / 2**30:.1f} GiB offered, {free / 2**30:.1f} GiB of the machine's memory free now"
+    if place == "cpu" and free < offered / 2:
+        raise errors.MemoryRefusal(f"{found}: close other programs, or offer less with memory_share or memory_bytes in {policy.FILE}")
+    return found
 
 
 def _data(home: Path) -> str:
@@ -116,7 +115,7 @@ def _identity(home: Path) -> str:
 async def _coordinator(settings: Settings) -> Finding:
     who = identity.load(settings.folder)
     try:
-        async with app.connect(settings, who.url, SecretStr(who.credential)) as client:
+        async with app.connect(settings, who.url, SecretStr(who.credential), ONCE) as client:
             itself = await client.me()
     except errors.HLoRAError as error:
         return Finding("coordinator", False, error.detail)

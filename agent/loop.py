@@ -207,7 +207,6 @@ class Loop:
             trained.unlink(missing_ok=True)
 
     async def _upload(self, held: Held, ref: BlobRef, trained: Path) -> dict[str, float]:
-        held.standing = Standing("upload")
         began = self.clock()
         await self.client.put_slice(held.job.id, held.job.lease.epoch, ref, trained)
         return {"upload_bytes": ref.bytes, "upload_seconds": self.clock() - began}

@@ -1,0 +1,127 @@
+"""The agent's command, in this process: what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from typer.testing import CliRunner
+
+from agent import identity
+from agent.__main__ import app
+from agent.identity import Identity
+from protocol import errors
+from tests.agent.work import catalogue
+
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
+WHO = Identity(url=NOWHERE, id="client-1", name="device", credential="the secret")
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    """The command sets up logs for its process, which is ours here."""
+    yield
+    structlog.reset_defaults()
+
+
+def call(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code, and all that was printed."""
+    result = CliRunner().invoke(app, list(arguments), env=environment)
+    return result.exit_code, result.output
+
+
+def findings(home: Path, *arguments: str) -> tuple[int, dict[str, tuple[bool, str]]]:
+    """What doctor finds, by point; the last of a point if there are several."""
+    code, said = call("doctor", "--home", str(home), "--json", *arguments)
+    return code, {line["point"]: (line["ok"], line["detail"]) for line in json.loads(said)}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A device that was enrolled somewhere, with one data set."""
+    catalogue(tmp_path)
+    (tmp_path / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\n')
+    (tmp_path / "policy.toml").write_text('models = ["*/encoder"]\nmemory_bytes = 1_000_000\ndevice = "cpu"\n')
+    identity.save(WHO, tmp_path)
+    return tmp_path
+
+
+def test_doctor_says_point_by_point_what_is_there_and_what_to_mend(home: Path, encoder: Path) -> None:
+    code, found = findings(home, "--model", str(encoder))
+    assert code == 1
+    assert found["policy"] == (True, str(home / "policy.toml"))
+    assert found["data"] == (True, "things: 18 rows to train on, 6 held out, columns text, label")
+    assert found["model"][0]
+    assert found["model"][1].startswith(f"{encoder}: 0 MiB in {encoder}, sha256:")
+    assert found["identity"] == (True, f"device (client-1) at {NOWHERE}")
+    assert not found["coordinator"][0]
+    assert "does not answer" in found["coordinator"][1]
+
+
+def test_doctor_looks_on_when_something_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("memory = 1\n")
+    (tmp_path / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "gone.jsonl"\n')
+    code, found = findings(tmp_path)
+    assert code == 1
+    assert not found["policy"][0]
+    assert found["device"][0]
+    assert found["data"] == (False, "'things': gone.jsonl is not there; mend the file or its entry in datasets.toml")
+    assert "enrol first" in found["identity"][1]
+
+
+def test_doctor_names_models_that_cannot_be_used(home: Path, encoder: Path, decoder: Path) -> None:
+    assert "do not include" in findings(home, "--model", str(decoder))[1]["model"][1]
+    (home / "policy.toml").write_text("memory_bytes = 1000\n")
+    assert "GiB are offered" in findings(home, "--model", str(encoder))[1]["model"][1]
+    assert "put the model there" in findings(home, "--model", "/no/such/model")[1]["model"][1]
+
+
+def test_doctor_warns_of_a_credential_that_others_can_read(home: Path) -> None:
+    (home / "credential.json").chmod(0o644)
+    assert "chmod 600" in findings(home)[1]["identity"][1]
+
+
+def test_doctor_speaks_to_people_too(home: Path) -> None:
+    code, said = call("doctor", "--home", str(home))
+    assert code == 1
+    assert f"ok      policy       {home / 'policy.toml'}" in said
+    assert "failed  coordinator" in said
+
+
+def test_a_credential_is_kept_for_its_owner_only(home: Path) -> None:
+    assert stat.S_IMODE((home / "credential.json").stat().st_mode) == 0o600
+    identity.save(WHO.model_copy(update={"name": "renamed"}), home)
+    assert stat.S_IMODE((home / "credential.json").stat().st_mode) == 0o600
+    assert identity.load(home).name == "renamed"
+
+
+def test_a_credential_that_is_no_longer_whole_asks_for_enrolment(home: Path) -> None:
+    (home / "credential.json").write_text("{")
+    with pytest.raises(errors.Unauthenticated, match="enrol again"):
+        identity.load(home)
+
+
+def test_an_agent_that_is_not_enrolled_does_not_run(tmp_path: Path) -> None:
+    code, said = call("run", HLORA_AGENT_HOME=str(tmp_path))
+    assert code == 1
+    assert "A valid credential is needed" in said
+    assert "python -m agent enrol" in said
+
+
+def test_enrolment_refuses_to_tell_the_token_to_the_network(tmp_path: Path) -> None:
+    code, said = call("enrol", "http://example.org", "--name", "d", "--home", str(tmp_path), HLORA_AGENT_TOKEN="the token")
+    assert code == 1
+    assert "use https" in said
+    assert "the token" not in said
+    assert not (tmp_path / "credential.json").exists()
+
+
+def test_enrolment_asks_for_what_it_is_not_told_and_does_not_show_the_token(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["enrol", "--home", str(tmp_path)], input=f"{NOWHERE}\ndevice\nthe token\n")
+    assert result.exit_code == 1
+    assert "does not answer" in result.output
+    assert "the token" not in result.output
