@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -43,10 +44,22 @@ def show(
     answer(found, as_json, Group(*parts))
 
 
-def overview(rounds: list[RoundSummary]) -> RenderableType:
-    """One line for each round."""
-    columns = ("round", "state", "contributions", "ranks", "up", "down", "trained", "merged", "metrics", "kept energy", "reason")
-    return table(*columns, rows=[_line(found) for found in rounds], right=["round", "contributions", "up", "down", "trained", "merged"])
+def overview(rounds: Sequence[RoundSummary]) -> RenderableType:
+    """One line for each round, with a column for each metric."""
+    metrics = measured(rounds)
+    columns = ("round", "state", "jobs", "ranks", "up", "down", "trained", "merged", *metrics, "kept energy", "reason")
+    right = ["round", "jobs", "up", "down", "trained", "merged", *metrics]
+    return table(*columns, rows=[_line(found, metrics) for found in rounds], right=right)
+
+
+def measured(rounds: Sequence[RoundSummary]) -> list[str]:
+    """The names of all metrics of the rounds."""
+    return sorted({name for found in rounds for name in found.metrics})
+
+
+def called(found: RoundSummary) -> str:
+    """3, and 3.2 for the second attempt."""
+    return f"{found.number}.{found.attempt}" if found.attempt > 1 else f"{found.number}"
 
 
 def in_order(job: JobView) -> tuple[bool, str]:
@@ -54,9 +67,9 @@ def in_order(job: JobView) -> tuple[bool, str]:
     return job.kind is not JobKind.train, job.client_name
 
 
-def _line(found: RoundSummary) -> tuple[str, ...]:
+def _line(found: RoundSummary, metrics: Sequence[str]) -> tuple[str, ...]:
     return (
-        f"{found.number}" + (f".{found.attempt}" if found.attempt > 1 else ""),
+        called(found),
         found.state,
         f"{found.contributions}/{found.cohort}",
         words.ranks(found.ranks),
@@ -64,7 +77,7 @@ def _line(found: RoundSummary) -> tuple[str, ...]:
         words.size(found.bytes_down),
         words.duration(found.train_seconds),
         words.duration(found.merge_seconds),
-        words.metrics(found.metrics),
+        *(f"{found.metrics[name]:.4g}" if name in found.metrics else "" for name in metrics),
         words.kept(found.kept_energy),
         found.reason or "",
     )

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from admin import words
 from admin.following import LIVE, Change, Snapshot
-from admin.rounds import in_order, overview
-from protocol.messages import JobKind, JobState, JobView, RoundState, RoundSummary, RunView
+from admin.rounds import called, in_order, measured
+from protocol.messages import JobKind, JobState, JobView, RoundState, RoundSummary, RunState, RunView
 
-ROUNDS = 10  # lines of past rounds on the screen
-BAR = 20  # columns of a job's bar
+ROUNDS = 12  # lines of past rounds on the screen
+STYLES: Mapping[str, str] = {
+    **dict.fromkeys([RunState.running, RoundState.open, RoundState.merging, JobState.leased], "cyan"),
+    **dict.fromkeys([RunState.finished, RoundState.published, JobState.submitted, JobState.accepted], "green"),
+    **dict.fromkeys([RunState.paused, JobState.queued, JobState.released, JobState.cancelled], "yellow"),
+    **dict.fromkeys([RunState.failed, RunState.stopped, RoundState.abandoned, JobState.expired, JobState.rejected], "red"),
+}
 
 
 def screen(now: Snapshot, trouble: str | None = None) -> RenderableType:
-    """Everything that matters of a run at one moment."""
-    run = now.run
-    left = now.remaining_seconds()
-    title = f"{run.name}  {run.state}" + (f": {run.reason}" if run.reason else "")
-    standing = [f"round {run.round} of {run.rounds} published", words.metrics(run.metrics)]
-    standing += [f"about {words.duration(left)} left"] if left and run.state == "running" else []
+    """Everything that matters of a run at one moment; long texts are cut off to keep one line for each round and job."""
     past = [now.rounds[key] for key in sorted(now.rounds)][-ROUNDS:]
-    parts: list[RenderableType] = [
-        title,
-        ProgressBar(total=run.rounds, completed=run.round, width=60),
-        ", ".join(part for part in standing if part),
-        "",
-        overview(past),
-    ]
     current = current_jobs(now)
+    parts: list[RenderableType] = [_head(now), "", _rounds(past)]
     parts += ["", _jobs(current)] if current else []
-    parts += ["", trouble] if trouble else []
+    parts += ["", Text(trouble, "red")] if trouble else []
     return Group(*parts)
+
+
+def _head(now: Snapshot) -> RenderableType:
+    run, left = now.run, now.remaining_seconds()
+    title = Text.assemble((run.name, "bold"), "  ", (run.state, STYLES[run.state]), f": {run.reason}" if run.reason else "")
+    standing = f"round {run.round} of {run.rounds}"
+    standing += f", about {words.duration(left)} left" if left and run.state is RunState.running else ""
+    bar = Table.grid(padding=(0, 2, 0, 0))
+    bar.add_row(ProgressBar(total=run.rounds, completed=run.round, width=40), standing)
+    return Group(title, bar)
 
 
 def current_jobs(now: Snapshot) -> list[JobView]:
@@ -43,24 +50,55 @@ def current_jobs(now: Snapshot) -> list[JobView]:
     return [job for n, job in now.jobs.values() if n == number or job.state is JobState.leased]
 
 
-def _jobs(jobs: list[JobView]) -> RenderableType:
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("client", "work", "rank", "state", "phase", "", "loss", "why"):
-        made.add_column(column, overflow="fold")
+    for column in columns:
+        # Where the screen is narrow the last column gives way, and it alone.
+        made.add_column(column, justify="right" if column in right else "left", overflow="ellipsis", no_wrap=column != columns[-1])
+    return made
+
+
+def _elastic(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _rounds(rounds: Sequence[RoundSummary]) -> RenderableType:
+    metrics = measured(rounds)
+    made = _table("round", "state", "jobs", *metrics, "up", "down", "took", "kept", right=["round", "jobs", *metrics, "up", "down", "took"])
+    for found in rounds:
+        made.add_row(
+            called(found),
+            Text(found.state, STYLES[found.state]),
+            f"{found.contributions}/{found.cohort}",
+            *(f"{found.metrics[name]:.4g}" if name in found.metrics else "" for name in metrics),
+            words.size(found.bytes_up),
+            words.size(found.bytes_down),
+            words.duration((found.ended_at - found.opened_at).total_seconds()) if found.ended_at else "",
+            _elastic(words.kept(found.kept_energy)),
+        )
+    return made
+
+
+def _jobs(jobs: list[JobView]) -> RenderableType:
+    made = _table("client", "work", "state", "progress", "loss", "rank and why")
     for job in sorted(jobs, key=in_order):
         progress = job.progress
         loss = "" if progress is None or progress.loss is None else f"{progress.loss:.4g}"
-        phase = progress.phase if progress and job.state is JobState.leased else ""
-        made.add_row(job.client_name, job.kind, str(job.rank.rank), job.state, phase, _bar(job), loss, job.reason or job.rank.reason)
+        made.add_row(
+            job.client_name, job.kind, Text(job.state, STYLES[job.state]), _bar(job), loss, _elastic(job.reason or job.rank.reason)
+        )
     return made
 
 
 def _bar(job: JobView) -> RenderableType:
+    """A bar where steps are counted, otherwise the phase."""
     if job.state in (JobState.submitted, JobState.accepted):
-        return ProgressBar(total=1, completed=1, width=BAR)
-    if job.state is not JobState.leased or job.progress is None or not job.progress.steps:
+        return ProgressBar(total=1, completed=1, width=12)
+    if job.state is not JobState.leased or job.progress is None:
         return ""
-    return ProgressBar(total=job.progress.steps, completed=job.progress.step, width=BAR)
+    if not job.progress.steps:
+        return job.progress.phase
+    return ProgressBar(total=job.progress.steps, completed=job.progress.step, width=12)
 
 
 def line(change: Change) -> str | None:

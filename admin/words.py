@@ -54,5 +54,5 @@ def ranks(counts: Mapping[int, int]) -> str:
 
 
 def kept(values: Mapping[int, float]) -> str:
-    """2: 71 %  8: 99 %: the share of the energy that each rank keeps."""
-    return "  ".join(f"{rank}: {share(value)}" for rank, value in sorted(values.items()))
+    """2:71% 8:99%: the share of the energy that each rank keeps."""
+    return " ".join(f"{rank}:{100 * value:.3g}%" for rank, value in sorted(values.items()))

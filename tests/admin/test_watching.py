@@ -129,7 +129,7 @@ async def test_the_screen_shows_each_clients_rank_progress_and_loss(desk: Desk) 
     text = drawn(now, "the coordinator is away")
     for fact in (
         "small  running",
-        "round 0 of 2 published",
+        "round 0 of 2",
         "device 1",
         "leased",
         "train",

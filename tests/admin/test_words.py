@@ -44,5 +44,5 @@ def test_shares_metrics_ranks_and_labels() -> None:
     assert (words.share(None), words.share(0.99234)) == ("–", "99.2 %")
     assert words.metrics({"loss": 0.43, "accuracy": 0.8125}) == "accuracy 0.8125, loss 0.43"
     assert words.ranks({8: 3, 2: 1}) == "2×1 8×3"
-    assert words.kept({8: 1.0, 2: 0.71}) == "2: 71 %  8: 100 %"
+    assert words.kept({8: 1.0, 2: 0.71}) == "2:71% 8:100%"
     assert words.labels({"site": "north", "class": "phone"}) == "class=phone site=north"
