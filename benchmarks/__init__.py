@@ -1,0 +1,1 @@
+"""Numbers, with the machine that they come from."""
