@@ -7,6 +7,7 @@ group `hlora.ranks`. Policies are pure: they know no clock, no database and no o
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,7 @@ def _inside() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__)]
 
 
+@functools.cache  # a conductor asks for every client in every look
 def load(name: str) -> type[Policy]:
     """The policy of that name. Raises InvalidPlan if there is none; a name that is not in the registry imports nothing."""
     if name not in names():
