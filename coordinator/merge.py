@@ -24,7 +24,6 @@ from coordinator.initial import first_adapter
 from coordinator.lowrank import truncate
 from coordinator.reading import SliceReader, StoredFactors, open_slice
 from protocol import errors
-from protocol.checks import check_finite
 from protocol.messages import Energy
 from protocol.plan import Plan
 
@@ -101,9 +100,7 @@ def merge_tensor(task: ModuleTask) -> Piece:
     blobs = Blobs.open(task.round.store)
     mean = torch.zeros(task.shape, dtype=torch.float64)
     for input in task.round.inputs:
-        trained = _opened(blobs, input).full(task.name)
-        check_finite(f"full/{task.name}", trained)
-        mean.add_(trained.double(), alpha=input.weight * input.shrink)
+        mean.add_(_opened(blobs, input).full(task.name).double(), alpha=input.weight * input.shrink)
         if input.shrink < 1:
             mean.add_(open_slice(blobs, input.base).full(task.name).double(), alpha=input.weight * (1 - input.shrink))
     return tensor_piece(task.round.plan, task.name, mean)
