@@ -23,6 +23,7 @@ LONGEST_FILE = 300  # lines
 LONGEST_FUNCTION = 40  # lines without the docstring
 LONGER_FILES = {Path("protocol/messages.py")}  # every JSON body: the contract is read in one sitting
 ROOMLESS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "shared"}  # names that admit anything
+HANDED_ON = {Path("demo/processes.py")}  # gives its own environment to the processes that it starts
 HEAVY = {"torch", "transformers", "peft", "fastapi", "sqlalchemy", "numpy", "matplotlib"}  # each takes long to import
 
 
@@ -82,7 +83,7 @@ def test_only_settings_read_the_environment() -> None:
         for node in ast.walk(module)
         if getattr(node, "attr", None) in readers or getattr(node, "id", None) in readers
     }
-    assert found == {Path("admin/settings.py"), Path("agent/settings.py"), Path("coordinator/settings.py")}
+    assert found - HANDED_ON == {Path("admin/settings.py"), Path("agent/settings.py"), Path("coordinator/settings.py")}
 
 
 def test_no_text_names_a_place_that_only_one_machine_has() -> None:
