@@ -16,6 +16,7 @@ from protocol.plan import Adapter, Digest, Dtype, Layout, Model, Name, Plan, Str
 
 Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
+Epoch = Annotated[int, Field(ge=1, lt=2**53, description="of the lease under which this is said")]
 Labels = Annotated[dict[str, str], Field(max_length=64)]
 
 
@@ -129,7 +130,7 @@ class Enrolled(Strict):
 class Progress(Strict):
     """Renew a lease, and say how far the work is."""
 
-    epoch: int = Field(ge=1)
+    epoch: Epoch
     phase: str = Field(default="", max_length=32, description="download, load, train, evaluate, upload")
     step: int = Field(default=0, ge=0, le=10**12)
     steps: int = Field(default=0, ge=0, le=10**12)
@@ -154,7 +155,7 @@ class Renewal(Strict):
 class GiveBack(Strict):
     """Give a job back, with the reason."""
 
-    epoch: int = Field(ge=1)
+    epoch: Epoch
     reason: str = Field(min_length=1, max_length=2000)
     problem: str | None = Field(default=None, max_length=64, description="slug of the refusal, if it was one")
 
@@ -182,7 +183,7 @@ class Usage(Strict):
 class Result(Strict):
     """The end of a job."""
 
-    epoch: int = Field(ge=1)
+    epoch: Epoch
     slice: Digest | None = Field(default=None, description="the trained slice that was uploaded; none for evaluation")
     examples: int = Field(ge=1, le=10**12, description="rows trained on or measured")
     metrics: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")], Metric] = Field(default={}, max_length=64)
