@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from protocol.plan import Dtype
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit, of which the machine's own memory says nothing
 WIDTH, HEADS, TOKENS, ROWS = 256, 4, 128, 8  # the trial step: one encoder block
 TRIALS = 3
+LIBRARIES = ("torch", "transformers", "peft")
 
 
 def device(wish: str) -> str:
@@ -35,11 +36,9 @@ def device(wish: str) -> str:
 def precisions(device: str) -> list[Dtype]:
     """The precisions in which the device trains well, float32 first."""
     if device.startswith("cuda"):
-        half = Dtype.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else Dtype.float16
-        return [Dtype.float32, half]
-    if device == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported():
-        return [Dtype.float32, Dtype.bfloat16]
-    return [Dtype.float32]
+        return [Dtype.float32, Dtype.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else Dtype.float16]
+    quick = device == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
+    return [Dtype.float32, Dtype.bfloat16] if quick else [Dtype.float32]
 
 
 def memory_bytes(device: str) -> int:
@@ -96,15 +95,5 @@ def profile(policy: Policy, datasets: dict[str, Dataset]) -> Profile:
         precisions=known,
         datasets=datasets,
         limits=policy.limits(),
-        software={"hlora": VERSION, "python": platform.python_version(), **_versions("torch", "transformers", "peft")},
+        software={"hlora": VERSION, "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     )
-
-
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -169,8 +169,7 @@ def _memory_translated(job: Job) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where there is no CUDA
         raise errors.MemoryRefusal(
             f"rank {job.rank} with {job.training.batch_size} rows of up to {job.task.max_length} tokens does not fit this device's "
             "memory: offer less in policy.toml (memory_bytes), or plan smaller batches with more accumulation",

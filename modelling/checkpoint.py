@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from protocol import errors
 from protocol.plan import Model
@@ -56,16 +57,14 @@ def _package(name: str) -> Path:
 
 def _hub(model: Model) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(model.id, revision=model.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except HFValidationError:
         problem = "it is neither a folder here nor a hub id"
-    except LocalEntryNotFoundError:
-        problem = "it is no folder here, not in the hub's cache, and the hub cannot be reached"
     except (HfHubHTTPError, OSError) as error:
-        problem = f"the hub does not give it ({type(error).__name__})"
+        problem = f"it is no folder here, and neither the hub nor its cache gives it ({type(error).__name__})"
     raise errors.ModelRefusal(
         f"the model {model.id} at revision {model.revision or 'main'} cannot be had: {problem}; "
         "check the name, log in to the hub, or copy the model to a folder and name its path",
@@ -96,13 +95,12 @@ def _tensors(file: Path) -> Iterator[str]:
     """One line per tensor: name, type, shape, SHA-256 of its bytes."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        table: dict[str, dict[str, object]] = json.loads(stream.read(size))
+        table: dict[str, dict[str, Any]] = json.loads(stream.read(size))
         table.pop("__metadata__", None)
         for name, entry in table.items():
-            match entry:
-                case {"dtype": dtype, "shape": shape, "data_offsets": [int(start), int(stop)]}:
-                    stream.seek(8 + size + start)
-                    data = hashlib.sha256()
-                    for at in range(start, stop, BLOCK):
-                        data.update(stream.read(min(BLOCK, stop - at)))
-                    yield f"\n{name} {dtype} {shape} {data.hexdigest()}"
+            start, stop = entry["data_offsets"]
+            stream.seek(8 + size + start)
+            data = hashlib.sha256()
+            for at in range(start, stop, BLOCK):
+                data.update(stream.read(min(BLOCK, stop - at)))
+            yield f"\n{name} {entry['dtype']} {entry['shape']} {data.hexdigest()}"

@@ -100,13 +100,8 @@ def _shapes(model: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
         raise errors.InvalidPlan("adapter.modules names no module; name at least one, or all-linear")
     conv = isinstance(model.get_submodule(names[0]), Conv1D)
     inject_adapter_in_model(LoraConfig(r=1, target_modules=names, fan_in_fan_out=conv), model, low_cpu_mem_usage=True)
-    shapes = {}
-    for name in names:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, LoraLayer):
-            raise errors.InvalidPlan(f"peft does not adapt {name}", module=name)
-        shapes[name] = (layer.lora_B["default"].weight.shape[0], layer.lora_A["default"].weight.shape[1])
-    return shapes
+    layers: dict[str, LoraLayer] = {name: model.get_submodule(name) for name in names}
+    return {name: (layer.lora_B["default"].weight.shape[0], layer.lora_A["default"].weight.shape[1]) for name, layer in layers.items()}
 
 
 def _facts(model: PreTrainedModel) -> BaseFacts:

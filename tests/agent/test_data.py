@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,6 +107,17 @@ def test_a_file_that_is_not_what_it_should_be_is_refused_without_quoting_it(tmp_
         home(tmp_path, '[reviews]\nformat = "jsonl"\npath = "rows.jsonl"\n').describe("reviews")
     assert words in refused.value.detail
     assert "secret" not in refused.value.detail
+
+
+def test_empty_lines_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "one"}\n\n{"body": "two"}\n')
+    assert home(tmp_path, '[reviews]\nformat = "jsonl"\npath = "rows.jsonl"\n').describe("reviews").train == 2
+
+
+@pytest.mark.skipif(find_spec("datasets") is not None, reason="the package is there")
+def test_a_format_whose_package_is_missing_says_which(tmp_path: Path) -> None:
+    with pytest.raises(errors.DataRefusal, match="needs the package datasets; pip install it"):
+        home(tmp_path, '[reviews]\nformat = "hub"\npath = "someone/reviews"\n').describe("reviews")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

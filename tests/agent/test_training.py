@@ -229,6 +229,20 @@ def test_memory_that_runs_out_is_a_refusal_with_advice(tmp_path: Path, encoder: 
         do(tmp_path, make_job(encoder), encoder, tell)
 
 
+def test_other_defects_are_not_taken_for_lack_of_memory(tmp_path: Path, encoder: Path) -> None:
+    def tell(standing: Standing) -> None:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        do(tmp_path, make_job(encoder), encoder, lambda standing: tell(standing) if standing.phase == "train" else None)
+
+
+def test_gradients_are_clipped_if_the_plan_says_so(tmp_path: Path, encoder: Path) -> None:
+    """AdamW hides the size of a gradient that is always the same; a step later the ratio of two of them shows."""
+    clipped = do(tmp_path, make_job(encoder, clip_norm=1e-3), encoder).slice
+    assert clipped != do(tmp_path, make_job(encoder, clip_norm=None), encoder).slice
+
+
 def test_more_steps_than_the_policy_allows_are_refused(tmp_path: Path, encoder: Path) -> None:
     with pytest.raises(errors.PolicyRefusal, match="max_steps"):
         do(tmp_path, make_job(encoder), encoder, max_steps=4)

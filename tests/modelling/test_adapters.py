@@ -138,6 +138,14 @@ def test_a_slice_for_another_model_is_refused(encoder: Path, decoder: Path) -> N
         pass
 
 
+def test_a_module_that_peft_cannot_adapt_is_refused(encoder: Path) -> None:
+    plan = resolve(tiny_plan(encoder))
+    assert plan.layout is not None
+    odd = plan.model_copy(update={"layout": plan.layout.model_copy(update={"modules": {"bert.embeddings.LayerNorm": (32, 32)}})})
+    with pytest.raises(errors.ModelRefusal, match="peft cannot adapt"):
+        taken(odd, drawn_slice(odd, 2, 1.0))
+
+
 def test_factors_of_another_shape_are_refused(encoder: Path) -> None:
     plan = resolve(tiny_plan(encoder))
     slice = drawn_slice(plan, 2, 1.0)

@@ -78,6 +78,13 @@ def test_a_package_without_weights_is_not_even_imported(packages: Path) -> None:
         folder(Model(id="package:does_harm"))
 
 
+def test_a_package_that_does_not_say_where_its_weights_are_is_refused(encoder: Path, packages: Path) -> None:
+    shutil.copytree(encoder, packages / "says_nothing")
+    (packages / "says_nothing" / "__init__.py").touch()
+    with pytest.raises(errors.ModelRefusal, match="has no get_model_path"):
+        folder(Model(id="package:says_nothing"))
+
+
 @pytest.mark.parametrize(
     ("id", "advice"),
     [

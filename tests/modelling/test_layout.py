@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from modelling.checkpoint import fingerprint
 from modelling.layout import resolve
@@ -128,6 +130,19 @@ def test_texts_longer_than_the_model_reads_are_refused(encoder: Path) -> None:
     plan = tiny_plan(encoder)
     with pytest.raises(errors.InvalidPlan, match="at most 128 tokens"):
         resolve(plan.model_copy(update={"task": plan.task.model_copy(update={"max_length": 129})}))
+
+
+def test_something_must_be_adapted(encoder: Path) -> None:
+    with pytest.raises(errors.InvalidPlan, match="at least one, or all-linear"):
+        resolve(tiny_plan(encoder, modules=[]))
+
+
+def test_a_tokenizer_that_cannot_pad_a_batch_is_refused(encoder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    words = Tokenizer(WordLevel({"see": 0}))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(place)
+    with pytest.raises(errors.ModelRefusal, match="no token that could pad"):
+        resolve(tiny_plan(place))
 
 
 def test_a_model_that_transformers_does_not_know_is_refused(encoder: Path, tmp_path: Path) -> None:
