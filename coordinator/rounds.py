@@ -230,18 +230,24 @@ class Verdict:
 
 
 def verdict(session: Session, run: Run, round: Round, now: datetime) -> Verdict | None:
-    """Close or abandon the round, or leave it open: the target is in; or time is up; or nobody is left to wait for."""
+    """Close or abandon the round, because the target is in or time is up; or leave it open."""
     plan = plan_of(run)
-    jobs = training_jobs(session, round.id)
-    submitted = sum(job.state == JobState.submitted for job in jobs)
+    submitted = sum(job.state == JobState.submitted for job in training_jobs(session, round.id))
     if submitted >= plan.cohort.target:
         return Verdict(True, f"the target of {plan.cohort.target} is in")
-    enough = submitted >= plan.cohort.quorum
     if now >= round.closes_at:
-        return Verdict(enough, f"{submitted} contributions at the deadline, quorum {plan.cohort.quorum}")
-    if enough and not any(job.state in ACTIVE for job in jobs):
-        return Verdict(True, f"{submitted} contributions, quorum {plan.cohort.quorum}, and nobody left to wait for")
+        return Verdict(submitted >= plan.cohort.quorum, f"{submitted} contributions at the deadline, quorum {plan.cohort.quorum}")
     return None
+
+
+def last_verdict(session: Session, run: Run, round: Round) -> Verdict | None:
+    """Of a round that could not be filled up: close it if the quorum is in and nobody is left to wait for."""
+    quorum = plan_of(run).cohort.quorum
+    states = [job.state for job in training_jobs(session, round.id)]
+    submitted = states.count(JobState.submitted)
+    if submitted < quorum or any(state in ACTIVE for state in states):
+        return None
+    return Verdict(True, f"{submitted} contributions, quorum {quorum}, and nobody left to wait for")
 
 
 def close(session: Session, run: Run, round: Round, reason: str, now: datetime) -> bool:

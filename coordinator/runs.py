@@ -126,18 +126,26 @@ def advance(session: Session, id: str, now: datetime, pace: float) -> list[str]:
     if run.state != RunState.running or round is None or round.state == RoundState.merging:
         return []
     if round.state == RoundState.open:
-        decided = rounds.verdict(session, run, round, now)
-        if decided is None:
-            return rounds.refill(session, run, round, now, pace)
-        if decided.close:
-            rounds.close(session, run, round, decided.reason, now)
-        else:
-            rounds.abandon(session, run, round, decided.reason, now)
-        return []
+        return _carry_on(session, run, round, now, pace)
     if round.state == RoundState.published and round.number >= plan_of(run).rounds:
         _finish(session, run, round, now)
         return []
     return rounds.open_next(session, run, round, now, pace)
+
+
+def _carry_on(session: Session, run: Run, round: Round, now: datetime, pace: float) -> list[str]:
+    """Close or abandon an open round, or fill it up."""
+    decided = rounds.verdict(session, run, round, now)
+    if decided is None:
+        woken = rounds.refill(session, run, round, now, pace)
+        decided = None if woken else rounds.last_verdict(session, run, round)
+        if decided is None:
+            return woken
+    if decided.close:
+        rounds.close(session, run, round, decided.reason, now)
+    else:
+        rounds.abandon(session, run, round, decided.reason, now)
+    return []
 
 
 def _finish(session: Session, run: Run, last: Round, now: datetime) -> None:

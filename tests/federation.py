@@ -169,7 +169,7 @@ class Device(Caller):
         """The next job, which must be there and of that kind."""
         job = await self.next_job()
         assert job is not None, f"{self.name} has no job"
-        assert job.kind is kind
+        assert job.kind is kind, f"{self.name} has to {job.kind}"
         return job
 
     async def blob(self, digest: str) -> bytes:
@@ -296,9 +296,10 @@ class Federation:
         return [await self.enrol(f"device {number}", make_profile(train=10 * number)) for number in range(1, count + 1)]
 
     def tick(self) -> None:
-        """Let the conductor do all that is due now."""
+        """Let the conductor do all that is due now; one look more, for a round that ends and the next that opens."""
         while self.parts.conductor.tick():
             pass
+        self.parts.conductor.tick()
 
     def advance(self, seconds: float) -> None:
         """Let time pass, then let the conductor look."""
