@@ -90,8 +90,7 @@ def _factored(w: Sum, rank: int) -> _Singular:
     floor = _finite(float((gram_a.diagonal() * gram_b.diagonal()).sum()))
     root = _root(gram_a)  # (R, k)
     t = root.T @ gram_b  # (k, R)
-    s = t @ root
-    squares, v = _leading((s + s.T) / 2, rank, floor)
+    squares, v = _leading(t @ root, rank, floor)
     m = c[:, None] * (root @ v) / squares.sqrt()  # (R, r): U = B m
     n = (v.T @ t) / squares[:, None]  # (r, R): Vᵀ = n A
     u = torch.zeros(w.shape[0], len(squares), dtype=torch.float64)
@@ -164,7 +163,7 @@ def _leading(gram: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor]:
 
     `floor` is the sum of the terms' own energies: where terms cancel, rounding is as large as they were, not as W is.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram)  # looks at one triangle, so rounding need not be symmetric
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     live = values > _tolerance(len(gram)) * max(float(values[0]), floor)
     return values[live], vectors[:, live]

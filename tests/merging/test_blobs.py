@@ -92,6 +92,12 @@ def test_what_is_no_digest_never_reaches_the_store(blobs: Blobs, name: str) -> N
         blobs.read(name)
 
 
+def test_what_only_begins_with_a_blobs_name_is_not_the_blob(blobs: Blobs) -> None:
+    ref = blobs.put(b"named")
+    assert blobs.exists(ref.digest)
+    assert not any(blobs.exists(name) for name in (f"{ref.digest}0", f"{ref.digest}/..", f"{ref.digest}\n", f" {ref.digest}"))
+
+
 def test_a_range_beyond_the_end_is_refused(blobs: Blobs) -> None:
     ref = blobs.put(b"short")
     with pytest.raises(errors.TruncatedBody, match="ends at 5"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,16 @@ from coordinator.executors import open_executor
 from protocol import errors
 
 
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which torch would take two threads, here and in processes that are started from here."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("url", ["threads://2", "threads://", "processes://1"])
 def test_every_worker_computes_with_one_torch_thread(url: str) -> None:
     with open_executor(url) as executor:

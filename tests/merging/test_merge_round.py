@@ -69,8 +69,7 @@ def test_fully_trained_tensors_are_averaged_by_weight_and_by_what_counts_of_thei
             assert torch.allclose(read(blobs, ref).full[name].double(), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("wire", [Dtype.float32, Dtype.bfloat16])
+@pytest.mark.parametrize(("strategy", "wire"), [("hlora", Dtype.bfloat16), ("delta", Dtype.float32)])
 def test_the_published_bytes_depend_on_contents_alone(strategy: str, wire: Dtype, blobs: Blobs) -> None:
     _, task = second_round(blobs, make_plan(strategy, wire=wire))
     published = merge(task, blobs)
@@ -179,7 +178,9 @@ def test_round_zero_changes_nothing_and_every_pair_can_learn(blobs: Blobs) -> No
 
 def test_round_zero_depends_on_the_seed_alone(blobs: Blobs) -> None:
     assert first_adapter(make_plan(seed=1), blobs) == first_adapter(make_plan(seed=1), blobs)
-    assert first_adapter(make_plan(seed=1), blobs).slices != first_adapter(make_plan(seed=2), blobs).slices
+    one, two = (read(blobs, first_adapter(make_plan(seed=seed), blobs).slices[4]) for seed in (1, 2))
+    assert not torch.equal(one.factors["block.q"].a, two.factors["block.q"].a)
+    assert not torch.equal(one.full["head.weight"], two.full["head.weight"])
 
 
 def test_a_run_without_fully_trained_tensors_is_merged_too(blobs: Blobs) -> None:

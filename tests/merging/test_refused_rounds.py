@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 
 from coordinator.blobs import Blobs
-from coordinator.merge import Input, RoundTask, first_adapter
+from coordinator.merge import Input, RoundTask, first_adapter, merge_round
 from protocol import errors
-from protocol.plan import Dtype
+from protocol.plan import Dtype, Layout
 from protocol.slices import Factors, Slice
 from tests.merging.rounds import merge, second_round
-from tests.merging.small import make_plan, round_task, send, trained
+from tests.merging.small import LAYOUT, make_plan, round_task, send, trained
 
 
 def refused(task: RoundTask, blobs: Blobs, inputs: Sequence[Input]) -> pytest.ExceptionInfo[errors.HLoRAError]:
@@ -90,3 +91,27 @@ def test_a_plan_that_was_never_resolved_or_names_no_strategy_is_refused(blobs: B
             merge(replace(task, plan=plan), blobs)
     with pytest.raises(errors.InvalidPlan):
         first_adapter(make_plan(layout=None), blobs)
+
+
+class Broken(Executor):
+    """Its first task fails, and no other ever begins."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if not self.futures:
+            future.set_exception(errors.NotFound("the disk is gone"))
+        self.futures.append(future)
+        return future
+
+
+def test_when_one_module_fails_the_others_are_not_waited_for(blobs: Blobs) -> None:
+    plan = make_plan(layout=Layout(modules={f"block.{k}": (8, 8) for k in range(500)}, base=LAYOUT.base))
+    before = first_adapter(plan, blobs)
+    executor = Broken()
+    with pytest.raises(errors.NotFound, match="the disk is gone"):
+        merge_round(round_task(blobs, plan, before, [send(blobs, plan, before.slices[4])]), executor, blobs)
+    assert 1 < len(executor.futures) < 500
+    assert all(future.cancelled() for future in executor.futures[1:])
