@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from coordinator import publishing, rounds, runs
+from coordinator import handout, publishing, runs
 from coordinator.assembly import Merged
 from coordinator.bell import Bell
 from coordinator.blobs import Blobs
@@ -38,7 +38,7 @@ class Conductor:
     def tick(self) -> bool:
         """Look once at everything that is due; says whether something was merged, so that the next look is worth its while."""
         with self._database.write() as session:
-            rounds.expire(session, self._database.clock(session))
+            handout.expire(session, self._database.clock(session))
         with self._database.read() as session:
             due = runs.running(session)
         for run in due:

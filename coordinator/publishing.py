@@ -13,7 +13,7 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, rounds
+from coordinator import clients, events, handout, published
 from coordinator.assembly import Merged
 from coordinator.jobs import plan_of
 from coordinator.merge import Input, RoundTask
@@ -76,10 +76,10 @@ def task(session: Session, claim: Claim, store: str) -> RoundTask | Plan:
     plan = plan_of(run)
     if round.number == 0:
         return plan
-    before = rounds.published(session, run.id, round.number - 1)
+    before = published.round_of(session, run.id, round.number - 1)
     assert before is not None, "a round opens only after the one before it was published"
     assert before.adapter is not None, "a published round has an adapter"
-    inputs = tuple(_input(job, plan) for job in rounds.training_jobs(session, round.id) if job.state == JobState.submitted)
+    inputs = tuple(_input(job, plan) for job in handout.training_jobs(session, round.id) if job.state == JobState.submitted)
     return RoundTask(store=store, plan=plan, round=round.number, previous=before.adapter, inputs=inputs)
 
 
@@ -108,14 +108,14 @@ def publish(session: Session, claim: Claim, merged: Merged, seconds: float, now:
     run = session.get_one(Run, round.run_id)
     for rank, blob in merged.slices.items():
         session.add(PublishedSlice(round_id=round.id, rank=rank, digest=blob.digest, bytes=blob.bytes))
-    for job in rounds.training_jobs(session, round.id):
+    for job in handout.training_jobs(session, round.id):
         if job.state == JobState.submitted:
             job.state = JobState.accepted
             clients.clear_rejections(session, job.client_id)
     session.flush()
     events.record(session, now, "round-published", run=run.id, round=round.number, adapter=merged.adapter.digest, seconds=round_to(seconds))
     # Round 0 is measured when the first round opens: machines may not be there yet when a run is made.
-    return [] if round.number == 0 else rounds.evaluate(session, run, round, now, pace)
+    return [] if round.number == 0 else handout.evaluate(session, run, round, now, pace)
 
 
 def round_to(seconds: float) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from coordinator import rounds
+from coordinator import published
 from coordinator.jobs import plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import errors
@@ -36,7 +36,7 @@ from protocol.plan import CausalLM
 
 def run_view(session: Session, run: Run) -> RunView:
     """A run and where it stands."""
-    published = rounds.published(session, run.id)
+    newest = published.round_of(session, run.id)
     sums = (
         select(func.sum(Job.slice_bytes), func.sum(Job.fetched_bytes)).join(Round, Job.round_id == Round.id).where(Round.run_id == run.id)
     )
@@ -46,7 +46,7 @@ def run_view(session: Session, run: Run) -> RunView:
         name=run.name,
         state=RunState(run.state),
         reason=run.reason,
-        round=published.number if published else 0,
+        round=newest.number if newest else 0,
         rounds=plan_of(run).rounds,
         created_at=run.created_at,
         ended_at=run.ended_at,
@@ -101,7 +101,7 @@ def round_view(session: Session, run: Run, number: int, attempt: int | None) -> 
         **_summary(run, row, jobs).model_dump(),
         jobs=[_job_view(job, names[job.client_id]) for job in jobs],
         adapter=adapter,
-        slices=rounds.slices(session, row.id),
+        slices=published.slices(session, row.id),
         energy={module: Energy.model_validate(view) for module, view in (row.energy or {}).items()},
     )
 

@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from coordinator import access, aggregation, events, ranks, rounds
+from coordinator import access, aggregation, events, handout, ranks, rounds
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Job, Round, Run
 from protocol import errors
@@ -137,7 +137,7 @@ def _carry_on(session: Session, run: Run, round: Round, now: datetime, pace: flo
     """Close or abandon an open round, or fill it up."""
     decided = rounds.verdict(session, run, round, now)
     if decided is None:
-        woken = rounds.refill(session, run, round, now, pace)
+        woken = handout.refill(session, run, round, now, pace)
         decided = None if woken else rounds.last_verdict(session, run, round)
         if decided is None:
             return woken

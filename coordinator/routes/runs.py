@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from sqlalchemy import select
 
-from coordinator import adapters, aggregation, paging, ranks, reports, rounds, runs
+from coordinator import adapters, aggregation, paging, published, ranks, reports, runs
 from coordinator.context import Context
 from coordinator.jobs import plan_of
 from coordinator.problems import binary, documented
@@ -145,7 +145,7 @@ def get_adapter_file(run: Id, file: str, parts: Parts, round: AtRound = None, ra
 def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None) -> dict[str, bytes]:
     with parts.database.read() as session:
         run = runs.get(session, run_id)
-        row = rounds.published(session, run.id, number)
+        row = published.round_of(session, run.id, number)
         if row is None or row.adapter is None:
             raise errors.NotFound(f"run {run.name} has not published " + ("an adapter yet" if number is None else f"round {number}"))
         plan = plan_of(run)

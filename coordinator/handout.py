@@ -1,0 +1,139 @@
+"""Work from the coordinator's side: handed out, drawn anew when it is lost, ended when its time is over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, CursorResult, select, update
+from sqlalchemy.orm import Session
+
+from coordinator import access, cohort, events, published
+from coordinator.jobs import ACTIVE, plan_of
+from coordinator.tables import Client, Job, Round, Run
+from protocol.messages import BlobRef, ClientState, JobKind, JobState, RankView
+from protocol.plan import Plan
+
+GONE = (JobState.expired, JobState.released)
+
+
+def train(
+    session: Session, run: Run, round: Round, plan: Plan, chosen: Sequence[Client], able: Sequence[Client], now: datetime
+) -> list[str]:
+    """Queue training jobs of a round for the chosen, at the ranks that the policy gives them; gives the clients to wake."""
+    base = published.round_of(session, run.id, round.number - 1)
+    assert base is not None, "a round opens only after the one before it was published"
+    views = cohort.assign(session, run.id, plan, chosen, able)
+    return _queue(session, round, JobKind.train, chosen, views, published.slices(session, base.id), round.closes_at, now)
+
+
+def _queue(
+    session: Session,
+    round: Round,
+    kind: JobKind,
+    chosen: Sequence[Client],
+    views: dict[str, RankView],
+    handed: dict[int, BlobRef],
+    deadline: datetime,
+    now: datetime,
+) -> list[str]:
+    for client in chosen:
+        view = views[client.id]
+        slice = handed[view.rank]
+        session.add(
+            Job(
+                id=access.new_id("job"),
+                round_id=round.id,
+                client_id=client.id,
+                kind=kind,
+                state=JobState.queued,
+                rank=view.rank,
+                rank_view=view.model_dump(mode="json"),
+                base=slice.digest,
+                base_bytes=slice.bytes,
+                created_at=now,
+                deadline=deadline,
+            )
+        )
+    return [client.id for client in chosen]
+
+
+def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: float) -> list[str]:
+    """Ask the clients to measure the adapter that the round published, where the plan wants it; gives the clients to wake."""
+    plan = plan_of(run)
+    every = plan.evaluation.every
+    if not every or (round.number % every and round.number != plan.rounds):
+        return []
+    able, _ = cohort.eligible(session, run.id, plan, JobKind.evaluate, now, pace)
+    trainers, _ = cohort.eligible(session, run.id, plan, JobKind.train, now, pace)
+    views = cohort.assign(session, run.id, plan, able, trainers or able)
+    if plan.evaluation.rank is not None:
+        views = {id: RankView(rank=plan.evaluation.rank, reason="the plan's rank for evaluation") for id in views}
+    deadline = now + timedelta(seconds=plan.times.round)
+    return _queue(session, round, JobKind.evaluate, able, views, published.slices(session, round.id), deadline, now)
+
+
+def expire(session: Session, now: datetime) -> None:
+    """End the jobs whose times have run out, and those of clients that may not work any more."""
+    rows = session.execute(
+        select(Job, Round, Run, Client)
+        .join(Round, Job.round_id == Round.id)
+        .join(Run, Round.run_id == Run.id)
+        .join(Client, Job.client_id == Client.id)
+        .where(Job.state.in_(ACTIVE))
+    )
+    for job, round, run, client in rows:
+        ended = _overdue(job, plan_of(run), client, now)
+        if ended is not None and end(session, Job.id == job.id, Job.epoch == job.epoch, state=ended[0], reason=ended[1], now=now):
+            events.record(session, now, f"job-{ended[0]}", run=run.id, round=round.number, client=client.name, reason=ended[1])
+
+
+def _overdue(job: Job, plan: Plan, client: Client, now: datetime) -> tuple[JobState, str] | None:
+    silence = timedelta(seconds=plan.times.no_progress)
+    if client.state != ClientState.active:
+        return JobState.cancelled, f"the client is {client.state}"
+    if now >= job.deadline:
+        return JobState.expired, "the job's deadline passed"
+    if job.state == JobState.queued:
+        return (JobState.released, "not picked up in time") if now - job.created_at >= silence else None
+    if job.lease_until is not None and now >= job.lease_until:
+        return JobState.expired, f"the lease was not renewed for {plan.times.lease:g} s"
+    if job.progress_at is not None and now - job.progress_at >= silence:
+        return JobState.expired, f"no progress for {plan.times.no_progress:g} s"
+    return None
+
+
+def end(session: Session, *which: ColumnElement[bool], state: JobState, reason: str, now: datetime) -> int:
+    """End the jobs of this kind that have not ended yet; gives their number."""
+    statement = update(Job).where(Job.state.in_(ACTIVE), *which).values(state=state, reason=reason, ended_at=now, lease_until=None)
+    return cast(CursorResult[Any], session.execute(statement.execution_options(synchronize_session="fetch"))).rowcount
+
+
+def refill(session: Session, run: Run, round: Round, now: datetime, pace: float) -> list[str]:
+    """Draw anew for jobs that were lost, from clients that had no part yet; a lost client that is back takes its job up again."""
+    plan = plan_of(run)
+    jobs = training_jobs(session, round.id)
+    lacking = plan.cohort.target - sum(job.state in (*ACTIVE, JobState.submitted) for job in jobs)
+    if lacking <= 0:
+        return []
+    able, _ = cohort.eligible(session, run.id, plan, JobKind.train, now, pace)
+    had = {job.client_id for job in jobs}
+    fresh = cohort.draw(plan, round.number, round.attempt, len(jobs), [client for client in able if client.id not in had], lacking)
+    woken = train(session, run, round, plan, fresh, able, now)
+    present = {client.id: client for client in able}
+    for job in jobs[:]:
+        client = present.get(job.client_id)
+        if len(woken) < lacking and client is not None and job.state in GONE and _returned(job, client):
+            job.state, job.reason, job.ended_at, job.created_at, job.deadline = JobState.queued, None, None, now, round.closes_at
+            woken.append(client.id)
+    return woken
+
+
+def _returned(job: Job, client: Client) -> bool:
+    return job.refusal is None and job.ended_at is not None and client.last_seen is not None and client.last_seen > job.ended_at
+
+
+def training_jobs(session: Session, round_id: int) -> list[Job]:
+    """A round's training jobs, oldest first."""
+    return list(session.scalars(select(Job).where(Job.round_id == round_id, Job.kind == JobKind.train).order_by(Job.created_at, Job.id)))
