@@ -144,7 +144,7 @@ def read_header(start: bytes, length: int) -> Header:
     if size > len(start) - 8:
         raise errors.MalformedSlice(f"the header is {size} bytes long; at most {len(start) - 8} were expected")
     try:
-        table = json.loads(start[8 : 8 + size], object_pairs_hook=_once)
+        table = json.loads(start[8 : 8 + size].decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise errors.MalformedSlice(f"the header is no JSON object that safetensors allows: {error}") from None
     if not isinstance(table, dict):
@@ -186,13 +186,15 @@ _SIZES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 def _entry(name: str, entry: object, data: int) -> Entry:
+    if not name.isprintable():  # half a character or a NUL could neither be told to anybody nor stored
+        raise errors.MalformedSlice(f"the header names a tensor {name[:200]!a}, which is not text")
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)], **rest} if not rest:
             pass
         case _:
             raise errors.MalformedSlice(f"the header's entry of {name[:200]} is not {{dtype, shape, data_offsets}}")
     if dtype not in _SIZES:
-        raise errors.MismatchedSlice(f"{name[:200]} is {dtype[:20]}; {', '.join(_SIZES)} were expected")
+        raise errors.MismatchedSlice(f"{name[:200]} is {dtype[:20]!r}; {', '.join(_SIZES)} were expected")
     if not all(type(n) is int and 0 <= n < 2**40 for n in (*shape, start, stop)) or start > stop or len(shape) > 8:
         raise errors.MalformedSlice(f"the header's entry of {name[:200]} has impossible numbers")
     count = 1
