@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -71,13 +72,11 @@ def divide(rows: Sequence[Row], total: int, seed: int) -> list[Department]:
     total = min(total, len(rows))
     apart = min(sum(row.held_out for row in rows), round(HELD_OUT * total))
     budget = {True: apart, False: min(total - apart, sum(not row.held_out for row in rows))}
+    counts = {part: _apportion(budget[part], list(SHARES.values())) for part in (False, True)}
     departments = []
-    for name, share in SHARES.items():
-        mixture = [chance.gammavariate(MIXTURE, 1.0) for _ in labels]
-        took = {
-            part: _take(piles[part], dict(zip(labels, mixture, strict=True)), round(budget[part] * share / sum(SHARES.values())))
-            for part in (False, True)
-        }
+    for n, name in enumerate(SHARES):
+        mixture = {label: chance.gammavariate(MIXTURE, 1.0) for label in labels}
+        took = {part: _take(piles[part], mixture, counts[part][n]) for part in (False, True)}
         departments.append(Department(name, train=took[False], held_out=took[True]))
     return _whole(departments)
 
@@ -91,11 +90,16 @@ def _piles(rows: Iterable[Row], chance: random.Random) -> dict[str, list[Row]]:
     return piles
 
 
+def _apportion(whole: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers in about these shares, that sum to the whole."""
+    marks = [round(whole * part / sum(shares)) for part in itertools.accumulate(shares, initial=0)]
+    return [stop - start for start, stop in itertools.pairwise(marks)]
+
+
 def _take(piles: Mapping[str, list[Row]], mixture: Mapping[str, float], count: int) -> list[Row]:
     """So many rows in these proportions, taken off the piles; what one pile lacks comes from the largest others."""
-    whole = sum(mixture.values())
-    wanted = {label: round(count * part / whole) for label, part in mixture.items()}
-    took = [piles[label].pop() for label, n in wanted.items() for _ in range(min(n, len(piles.get(label, ()))))]
+    wanted = zip(mixture, _apportion(count, list(mixture.values())), strict=True)
+    took = [piles[label].pop() for label, n in wanted for _ in range(min(n, len(piles.get(label, ()))))]
     while len(took) < count and any(piles.values()):
         took.append(max(piles.values(), key=len).pop())
     return took

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from pydantic import SecretStr
+from rich.console import Console
 
+from admin import words
 from admin.client import Client
 from demo.departments import Department
 from demo.link import slow_link
@@ -22,6 +23,7 @@ from protocol.messages import EnrolmentRequest, RoundState, RoundView, RunDetail
 from protocol.plan import Plan
 
 ENROLMENT_SECONDS = 600.0
+LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,36 @@ def _address(links: ExitStack, coordinator: Coordinator, machine: Machine, plan:
     return links.enter_context(slow_link(host, int(port), speed))
 
 
-def carry_out(children: Processes, coordinator: Coordinator, plan: Plan, screen: TextIO) -> Outcome:
-    """Start the run, show it live on the screen until it ends, and fetch what it left. Raises Unavailable unless it finished."""
+def carry_out(children: Processes, coordinator: Coordinator, plan: Plan, console: Console) -> Outcome:
+    """Start the run, show it until it ends, and fetch what it left. Raises Unavailable unless it finished."""
     with coordinator.client() as client:
         run = client.create_run(plan).id
-        children.show(screen, "admin", "runs", "watch", run, environment=coordinator.environment)
+        if console.is_terminal:
+            children.show(console.file, "admin", "runs", "watch", run, environment=coordinator.environment)
+        else:
+            _follow(children, client, run, console)
         found = client.run(run)
         if found.state is not RunState.finished:
             raise errors.Unavailable(f"the run is {found.state}: {found.reason or 'no reason given'}; the logs are in {children.logs}")
         numbers = sorted({summary.number for summary in client.rounds(run) if summary.state is RoundState.published})
         return Outcome(found, [client.round(run, number) for number in numbers])
+
+
+def _follow(children: Processes, client: Client, run: str, console: Console) -> None:
+    """One line for each round, once its adapter has been measured: for logs, where no screen can be drawn anew."""
+    said: set[int] = set()
+
+    def ended() -> bool:
+        now = client.run(run)
+        over = now.state is not RunState.running
+        for found in client.rounds(run):
+            # The devices measure an adapter before they train on it, so the next round's end is the measuring's end too.
+            if found.state is RoundState.published and found.number not in said and (over or found.number < now.round):
+                said.add(found.number)
+                console.print(f"        round {found.number} of {now.rounds}: {words.metrics(found.metrics)}")
+        return over
+
+    children.wait(ended, "the run", LOOK_SECONDS)
 
 
 def pull(children: Processes, coordinator: Coordinator, run: str, rank: int, folder: Path) -> Path:

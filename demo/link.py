@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 BLOCK = 4096  # bytes passed on at a time
@@ -24,11 +24,14 @@ def slow_link(host: str, port: int, bytes_per_second: int) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         server.close()
-        pending = asyncio.all_tasks(loop)
-        for task in pending:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        loop.run_until_complete(_end(asyncio.all_tasks(loop)))
         loop.close()
+
+
+async def _end(connections: Iterable[asyncio.Task[None]]) -> None:
+    for connection in connections:
+        connection.cancel()
+    await asyncio.gather(*connections, return_exceptions=True)
 
 
 class _Relay:
@@ -48,9 +51,7 @@ class _Relay:
         ways = [asyncio.create_task(_carry(reader, back, self._up)), asyncio.create_task(_carry(there, writer, self._down))]
         with suppress(asyncio.CancelledError):  # the link is closed; asyncio would log it as a failure of ours
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
+        await _end(ways)
         writer.close()
         back.close()
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import IO
 
 from protocol import errors
 
@@ -66,7 +66,7 @@ class Processes:
             child.check()
             self.children.remove(child)
 
-    def show(self, screen: TextIO, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
+    def show(self, screen: IO[str], module: str, *arguments: str, environment: Mapping[str, str]) -> None:
         """Run a command on the screen, to its end, while watching the children."""
         screen.flush()
         shown = Child(module, self._popen(module, arguments, environment, screen.fileno(), None), None, lasting=False)
@@ -92,14 +92,14 @@ class Processes:
         except subprocess.TimeoutExpired:
             raise errors.Unavailable(f"the time is up while waiting for {command}; --minutes gives more") from None
 
-    def wait(self, done: Callable[[], bool], what: str) -> None:
-        """Wait until something is done. Raises Unavailable if a child fails before, or when the time is up."""
+    def wait(self, done: Callable[[], bool], what: str, pause: float = PAUSE_SECONDS) -> None:
+        """Ask again and again, until something is done. Raises Unavailable if a child fails before, or when the time is up."""
         while not done():
             for child in self.children:
                 child.check()
             if self._left() <= 0:
                 raise errors.Unavailable(f"the time is up while waiting for {what}; --minutes gives more")
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(pause)
 
     def stop(self) -> None:
         """Ask every child to stop, the coordinator last; kill what does not."""
