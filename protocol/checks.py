@@ -11,7 +11,7 @@ from torch import Tensor
 
 from protocol import errors
 from protocol.plan import Dtype, Layout
-from protocol.slices import WIRE_NAMES, Factors, Header, names
+from protocol.slices import TORCH_DTYPES, WIRE_NAMES, Factors, Header, names
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,13 @@ def change_energy(new: Factors, scale: float, old: Factors, old_scale: float) ->
 
 
 def check_change(load_new: Callable[[str], Factors], load_old: Callable[[str], Factors], expected: Expected) -> float:
-    """‖change‖_F over all modules; raises ExcessiveChange where float64 cannot hold it. One module in memory at a time."""
+    """‖change‖_F over all modules, one module in memory at a time.
+
+    Raises ExcessiveChange where a slice of the next adapter might not hold it: with singular values up to s · m, where m is
+    the wire's largest number, every split has factors up to m. Half of that leaves room for what the adapter is already.
+    """
     energy = sum(change_energy(load_new(m), expected.scale, load_old(m), expected.scale) for m in expected.layout.modules)
-    if not math.isfinite(energy):
-        raise errors.ExcessiveChange("the slice's change is too large to be a number")
+    largest = expected.scale * torch.finfo(TORCH_DTYPES[expected.dtype]).max / 2
+    if not math.sqrt(energy) <= largest:
+        raise errors.ExcessiveChange(f"the change's norm is {math.sqrt(energy):.6g}; slices in {expected.dtype} can hold {largest:.6g}")
     return math.sqrt(energy)
