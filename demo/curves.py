@@ -61,7 +61,7 @@ def _accuracy(axes: Axes, report: Report) -> None:
     axes.set_xlabel("round")
     axes.set_xticks(range(last + 1))
     axes.set_xlim(-0.15, last + 0.15)
-    axes.set_ylim(0, min(1.0, max(values) * 1.15 + 0.02))
+    axes.set_ylim(0, min(1.0, max(*values, report.majority) * 1.15 + 0.02))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.spines["left"].set_visible(False)
@@ -80,12 +80,21 @@ def _ranks(axes: Axes, report: Report) -> None:
             axes.barh(row, 0.94, left=column + 0.03, height=0.86, color=shade)
             ink = "white" if shade in RUNGS[2:] else INK
             axes.text(column + 0.5, row, str(view.rank), ha="center", va="center", fontsize=8.5, color=ink)
+    width = max(1, len(report.outcome.rounds) - 1)
+    for name, view in ranks(report.outcome.rounds[-1]).items():
+        limits = [limit for limit, rank in view.limits.items() if rank == view.rank < ladder[-1]]
+        axes.annotate(
+            ", ".join(limits), (width, names.index(name)), (6, 0), textcoords="offset points", va="center", color=GREY, fontsize=9
+        )
     axes.set_yticks(range(len(names)), [f"{d.name}  {len(d.train):>4,}" for d in report.departments])
     axes.set_xticks([n + 0.5 for n in range(len(report.outcome.rounds) - 1)], [str(found.number) for found in report.outcome.rounds[1:]])
-    axes.set_xlim(0, max(1, len(report.outcome.rounds) - 1))
+    axes.set_xlim(0, width)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.spines[:].set_visible(False)
-    axes.annotate("rows", (0, 1), (-6, 3), xycoords="axes fraction", textcoords="offset points", ha="right", color=GREY, fontsize=8.5)
+    for words, side, offset, align in (("rows", 0, -6, "right"), ("limited by", 1, 6, "left")):
+        axes.annotate(
+            words, (side, 1), (offset, 3), xycoords="axes fraction", textcoords="offset points", ha=align, color=GREY, fontsize=8.5
+        )
 
 
 def _energy(axes: Axes, report: Report) -> None:

@@ -128,8 +128,10 @@ class Processes:
         return [sys.executable, "-m", module, *arguments]
 
     def _whole(self, environment: Mapping[str, str]) -> dict[str, str]:
-        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
-        return {**os.environ, "PYTHONPATH": path, **ENVIRONMENT, **self.environment, **environment}
+        # What the user has set for a federation of their own is not for this one.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HLORA_")}
+        path = os.pathsep.join(part for part in (str(ROOT), inherited.get("PYTHONPATH", "")) if part)
+        return {**inherited, "PYTHONPATH": path, **ENVIRONMENT, **self.environment, **environment}
 
 
 @contextmanager
