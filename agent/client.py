@@ -57,8 +57,16 @@ BRIEF = Retry(attempts=2)  # for what is worth little later
 
 
 def check_transport(url: str, *, insecure: bool) -> None:
-    """Raises InsecureTransport if a credential sent there could be read on the way, unless that is allowed."""
-    address = httpx.URL(url)
+    """Raises InsecureTransport if a credential sent there could be read on the way, unless that is allowed.
+
+    Raises InvalidRequest for what is no address.
+    """
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL()
+    if address.scheme not in ("http", "https") or not address.host:
+        raise errors.InvalidRequest(f"{url!r} is no address of a coordinator, such as https://hlora.example.org or http://127.0.0.1:8080")
     if address.scheme == "https" or insecure or _loopback(address.host):
         return
     raise errors.InsecureTransport(

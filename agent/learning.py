@@ -117,6 +117,8 @@ def measure(adapted: Adapted, setting: Setting, examples: Sequence[Example], siz
     for n, part in enumerate(parts, start=1):
         batch = setting.batch(part)
         loss, logits = setting.loss(adapted.model, batch)
+        if not math.isfinite(loss.item()):
+            raise errors.NonFiniteSlice(f"the loss of the adapter that was handed out is {loss.item()} on held-out rows")
         losses.append(Metric(value=loss.item() / batch.weight, weight=batch.weight))
         right.append(
             torch.stack([batch.labels, logits.argmax(-1)]).cpu() if setting.task.kind == "sequence-classification" else torch.empty(2, 0)

@@ -51,6 +51,7 @@ class Held:
     job: Job
     standing: Standing = field(default_factory=lambda: Standing("download"))
     ended: errors.HLoRAError | None = None
+    answering: bool = False  # the result is on its way: the lease is needed no longer, and may be gone when it is there
 
     def tell(self, standing: Standing) -> None:
         """Take note of the worker's progress. Raises what ended the job."""
@@ -130,29 +131,35 @@ class Loop:
         work = asyncio.create_task(self._work(held))
         renewing, stop = asyncio.create_task(self._renew(held)), asyncio.create_task(self.stopping.wait())
         await asyncio.wait({work, renewing, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            held.ended = held.ended or errors.Refusal("the agent is stopping")
+        if held.answering:
+            await asyncio.wait({work})
+        if work.done():
+            step = await self._close(held, work.exception())
+        else:
+            held.ended = held.ended or self._reason(renewing)
             work.cancel()
             step = await self._leave(held, held.ended)
-            await asyncio.wait({work})  # the worker thread ends at its next step
-            with suppress(asyncio.CancelledError, errors.HLoRAError):
-                work.result()
-        else:
-            step = await self._close(held, work.exception())
         for task in (renewing, stop):
             task.cancel()
-        await asyncio.gather(renewing, stop, return_exceptions=True)
+        await asyncio.gather(work, renewing, stop, return_exceptions=True)  # the worker thread ends at its next step
         return step
+
+    def _reason(self, renewing: asyncio.Task[None]) -> errors.HLoRAError:
+        """Why a job is left that nobody has ended: the agent is stopping, or the renewal has a defect."""
+        if not renewing.done():
+            return errors.Refusal("the agent is stopping")
+        return self._defect(renewing.exception() or RuntimeError())
+
+    def _defect(self, error: BaseException) -> errors.HLoRAError:
+        # The words of a foreign error may quote a row: only its kind is told, and where it was raised.
+        log.error("job-failed", error=type(error).__name__, trace=traceback.format_tb(error.__traceback__))
+        return errors.HLoRAError(f"the agent failed with {type(error).__name__}; its log has the trace")
 
     async def _close(self, held: Held, error: BaseException | None) -> Step:
         if error is None:
             log.info("job-done")
             return Step.done
-        if isinstance(error, errors.HLoRAError):
-            return await self._leave(held, error)
-        # The words of a foreign error may quote a row: only its kind is told, and where it was raised.
-        log.error("job-failed", error=type(error).__name__, trace=traceback.format_tb(error.__traceback__))
-        return await self._leave(held, errors.HLoRAError(f"the agent failed with {type(error).__name__}; its log has the trace"))
+        return await self._leave(held, error if isinstance(error, errors.HLoRAError) else self._defect(error))
 
     async def _leave(self, held: Held, error: errors.HLoRAError) -> Step:
         """Give the job back with the reason, unless it is lost already."""
@@ -168,10 +175,12 @@ class Loop:
         return Step.given_back
 
     async def _renew(self, held: Held) -> None:
-        """Renew the lease for ever; ends when the job has ended, with the reason in `held`."""
+        """Renew the lease until the job is answered or has ended otherwise, with the reason in `held`."""
         job, seconds = held.job, held.job.lease.seconds
         while held.ended is None:
             await asyncio.sleep(seconds / RENEWALS)
+            if held.answering:
+                return
             at = held.standing
             progress = Progress(epoch=job.lease.epoch, phase=at.phase, step=at.step, steps=at.steps, loss=at.loss)
             try:
@@ -180,7 +189,7 @@ class Loop:
                 log.warning("renewal-failed", detail=error.detail)
                 continue
             except errors.HLoRAError as error:
-                held.ended = error
+                held.ended = None if held.answering else error
                 return
             seconds = renewal.lease_seconds
             if renewal.verdict is Verdict.cancel:
@@ -202,6 +211,7 @@ class Loop:
             usage = outcome.usage.model_copy(update={**fetched, **sent})
             digest = ref.digest if ref is not None else None
             result = Result(epoch=job.lease.epoch, slice=digest, examples=outcome.examples, metrics=outcome.metrics, usage=usage)
+            held.answering = True
             await self.client.put_result(job.id, result)
         finally:
             trained.unlink(missing_ok=True)

@@ -215,6 +215,12 @@ def test_a_credential_does_not_travel_in_the_clear_unless_that_is_allowed(url: s
     Client(url, insecure=True)
 
 
+@pytest.mark.parametrize("url", ["example.org", "127.0.0.1:8080", "ftp://example.org", "https://", "http://example.org:port", ""])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match="no address of a coordinator"):
+        Client(url, insecure=True)
+
+
 @pytest.mark.parametrize("url", ["https://example.org", "http://localhost:8080", "http://127.0.0.1", "http://[::1]:8080"])
 def test_https_and_loopback_need_no_permission(url: str) -> None:
     Client(url)

@@ -17,7 +17,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import select
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agent.client import Client
 from agent.loop import Loop, Step
@@ -272,6 +272,33 @@ async def test_a_verdict_to_cancel_ends_the_job_at_the_next_step(federation: Fed
     async with looping(federation, device, work, tmp_path, app=cancelling) as loop:
         assert await loop.step() is Step.over
     assert [type(error) for error in work.stopped_by] == [errors.JobOver]
+
+
+async def test_a_job_whose_answer_takes_longer_than_its_lease_is_done(federation: Federation, tmp_path: Path) -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        async def later(message: Message) -> None:
+            if scope["path"].endswith("/result"):
+                await asyncio.sleep(2 * QUICK["lease"])
+            await send(message)
+
+        await federation.app(scope, receive, later)
+
+    device, run = await begin(federation, times=QUICK)
+    async with looping(federation, device, instantly, tmp_path, app=slow) as loop:
+        assert await loop.step() is Step.done
+    assert (await last_job(federation, run))[0] is JobState.submitted
+
+
+async def test_a_defect_of_the_renewal_gives_the_job_back(federation: Federation, tmp_path: Path) -> None:
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].endswith("/lease") and scope["method"] == "POST":
+            raise KeyError("a secret")
+        await federation.app(scope, receive, send)
+
+    device, run = await begin(federation, times=QUICK)
+    async with looping(federation, device, Steps(), tmp_path, app=failing) as loop:
+        assert await loop.step() is Step.given_back
+    assert await last_job(federation, run) == (JobState.released, "the agent failed with KeyError; its log has the trace")
 
 
 async def test_renewals_that_get_lost_are_tried_again(federation: Federation, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from agent import machine
 from agent.data import Part
 from agent.policy import Policy
-from agent.training import Outcome, Standing, Trainer
+from agent.training import Outcome, Standing, Trainer, precision
 from coordinator.adapters import Facts, files
 from protocol import checks, errors, slices
 from protocol.checks import Expected
@@ -192,11 +193,24 @@ def test_lower_precision_trains_as_well(tmp_path: Path, encoder: Path) -> None:
     assert outcome.metrics["loss_after"].value < 0.7 * outcome.metrics["loss_before"].value
 
 
+def test_auto_is_float32_where_the_model_is_narrow_and_what_the_plan_says_is_done(encoder: Path) -> None:
+    assert precision(make_job(encoder, precision="auto"), "cpu") is None
+    assert precision(make_job(encoder, precision="float32"), "cpu") is None
+    assert precision(make_job(encoder, precision="float16"), "cpu") is torch.float16
+    wide = make_job(encoder, precision="auto")
+    base = wide.layout.base.model_copy(update={"hidden": 768})
+    wide = wide.model_copy(update={"layout": wide.layout.model_copy(update={"base": base})})
+    best = machine.precisions("cpu")[-1]
+    assert precision(wide, "cpu") is (torch.bfloat16 if best is Dtype.bfloat16 else None)
+
+
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path, encoder: Path) -> None:
     start = make_start(encoder)
     broken = Slice(start.label, start.factors, {name: t * torch.nan for name, t in start.full.items()})
     with pytest.raises(errors.NonFiniteSlice, match="loss is nan at step 1 of 5"):
         Trainer(catalogue(tmp_path))(make_job(encoder), broken, ignore)
+    with pytest.raises(errors.NonFiniteSlice, match="is nan on held-out rows"):
+        Trainer(catalogue(tmp_path))(make_job(encoder, kind=JobKind.evaluate), broken, ignore)
 
 
 @pytest.mark.parametrize(
