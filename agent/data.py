@@ -158,7 +158,7 @@ def _parquet(file: Path) -> Iterator[Row]:
 READERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
 
 
-def _hub(source: Source, split: str) -> Iterable[Row]:
+def _hub(source: Source, split: str) -> Iterable[Row]:  # pragma: no cover: needs the hub's package and a network
     from datasets import load_dataset
 
     found: Iterable[Row] = load_dataset(source.path, source.subset, split=split)

@@ -36,7 +36,7 @@ def device(wish: str) -> str:
 
 def precisions(device: str) -> list[Dtype]:
     """The precisions in which the device trains well, float32 first."""
-    if device.startswith("cuda"):
+    if device.startswith("cuda"):  # pragma: no cover: needs a GPU
         return [Dtype.float32, Dtype.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else Dtype.float16]
     quick = device == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
     return [Dtype.float32, Dtype.bfloat16] if quick else [Dtype.float32]
@@ -44,7 +44,7 @@ def precisions(device: str) -> list[Dtype]:
 
 def memory_bytes(device: str) -> int:
     """The memory that the device has: the accelerator's, or the machine's within the container's limit."""
-    if device.startswith("cuda"):
+    if device.startswith("cuda"):  # pragma: no cover: needs a GPU
         return torch.cuda.get_device_properties(device).total_memory
     limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
     return min(psutil.virtual_memory().total, int(limit)) if limit.isdigit() else psutil.virtual_memory().total
@@ -57,7 +57,7 @@ def used_bytes(device: str) -> int:
 
 def forget_peak(device: str) -> None:
     """Let the peak of an accelerator's memory be counted anew."""
-    if device.startswith("cuda"):
+    if device.startswith("cuda"):  # pragma: no cover: needs a GPU
         torch.cuda.reset_peak_memory_stats(device)
 
 

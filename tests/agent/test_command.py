@@ -73,6 +73,12 @@ def test_doctor_looks_on_when_something_is_wrong(tmp_path: Path) -> None:
     assert "enrol first" in found["identity"][1]
 
 
+def test_doctor_says_how_to_begin_where_nothing_is_there(tmp_path: Path) -> None:
+    _, found = findings(tmp_path)
+    assert found["policy"] == (True, f"no policy.toml in {tmp_path}: everything is allowed")
+    assert found["data"] == (False, f"there are no data sets; describe some in {tmp_path / 'datasets.toml'}")
+
+
 def test_doctor_names_models_that_cannot_be_used(home: Path, encoder: Path, decoder: Path) -> None:
     assert "do not include" in findings(home, "--model", str(decoder))[1]["model"][1]
     (home / "policy.toml").write_text("memory_bytes = 1000\n")
