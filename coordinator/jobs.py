@@ -30,6 +30,7 @@ from protocol.plan import Plan
 from protocol.slices import largest_length
 
 ACTIVE = (JobState.queued, JobState.leased)
+FETCHES = 100  # a client that says it fetched its slice more often is not believed: views add these bytes up
 
 
 @lru_cache(maxsize=64)
@@ -227,7 +228,8 @@ def answer(session: Session, client_id: str, job_id: str, result: Result, now: d
     round, run = _context(session, job)
     state = JobState.submitted if job.kind == JobKind.train else JobState.accepted
     ended: dict[str, object] = {"state": state, "reason": None, "ended_at": now, "lease_until": None}
-    _advance(session, client_id, job_id, result.epoch, **ended, result=stored, fetched_bytes=result.usage.download_bytes)
+    fetched = min(result.usage.download_bytes, FETCHES * job.base_bytes)
+    _advance(session, client_id, job_id, result.epoch, **ended, result=stored, fetched_bytes=fetched)
     clients.seen(session, client_id, now)
     name = clients.get(session, client_id).name
     events.record(session, now, f"job-{state}", run=run.id, round=round.number, client=name, work=job.kind, examples=result.examples)

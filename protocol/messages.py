@@ -163,7 +163,7 @@ class GiveBack(Strict):
 class Metric(Strict):
     """One measured value and the weight with which it enters means over clients."""
 
-    value: float
+    value: float = Field(ge=-1e100, le=1e100, description="bounded, so that no sum of values times weights overflows")
     weight: float = Field(gt=0, le=1e15)
 
 
