@@ -35,6 +35,8 @@ Serial = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by 
 
 
 class Base(DeclarativeBase):
+    """What all tables share: how constraints are named, and the column of each type."""
+
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",

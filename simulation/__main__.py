@@ -60,6 +60,7 @@ async def _simulate(file: Path, fleet: Path, out: Path | None, rounds: int | Non
 
 
 def read_plan(file: Path, instead: dict[str, int | None]) -> Plan:
+    """A plan file, with some values replaced and resolved against its base model. Raises InvalidPlan."""
     from pydantic import ValidationError
 
     from modelling.layout import resolve
