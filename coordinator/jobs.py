@@ -59,6 +59,7 @@ def next_for(session: Session, client_id: str, now: datetime) -> messages.Job | 
         .join(Run, Round.run_id == Run.id)
         .where(Job.client_id == client_id, Job.state.in_(ACTIVE), Run.state == RunState.running)
         .order_by(Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
+        .with_for_update(of=Job, key_share=True)  # a job that ends at this moment is not revived
     )
     found = session.execute(query).first()
     return None if found is None else _lease(session, client, *found, now)
@@ -116,6 +117,13 @@ def _own(session: Session, client_id: str, job_id: str) -> Job:
     return job
 
 
+def _mine(session: Session, client_id: str, job_id: str) -> Job:
+    """The client's own job, until the transaction ends nobody else's: the same request sent twice at once is answered twice."""
+    job = _own(session, client_id, job_id)
+    session.refresh(job, with_for_update={"key_share": True})
+    return job
+
+
 def _held(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
     """The job, if the client holds it at that epoch. Raises NotFound, StaleLease, JobOver."""
     job = _own(session, client_id, job_id)
@@ -165,7 +173,7 @@ def renew(session: Session, client_id: str, job_id: str, progress: Progress, now
 
 def release(session: Session, client_id: str, job_id: str, given: messages.GiveBack, now: datetime) -> None:
     """Take a job back from a client that cannot or will not do it. Raises NotFound, StaleLease, JobOver; again is once."""
-    job = _own(session, client_id, job_id)
+    job = _mine(session, client_id, job_id)
     if job.state == JobState.released and job.epoch == given.epoch:
         return
     values = {"state": JobState.released, "reason": given.reason, "refusal": given.problem, "ended_at": now, "lease_until": None}
@@ -217,7 +225,7 @@ def answer(session: Session, client_id: str, job_id: str, result: Result, now: d
 
     Raises NotFound, StaleLease, JobOver, DifferentResult, InvalidResult.
     """
-    job = _own(session, client_id, job_id)
+    job = _mine(session, client_id, job_id)
     stored = result.model_dump(mode="json")
     if job.state in (JobState.submitted, JobState.accepted) and job.epoch == result.epoch:
         if job.result != stored:

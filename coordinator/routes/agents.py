@@ -95,8 +95,9 @@ def _look(parts: Context, caller: Caller) -> Job | None:
             return None
     with parts.database.write() as session:
         now = parts.database.clock(session)
-        clients.seen(session, caller.id, now)
-        return jobs.next_for(session, caller.id, now)
+        job = jobs.next_for(session, caller.id, now)
+        clients.seen(session, caller.id, now)  # after the job, as everywhere: two requests that wait for each other would never end
+        return job
 
 
 def _wait(prefer: str | None, longest: float) -> float:
