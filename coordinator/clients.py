@@ -98,6 +98,13 @@ def get(session: Session, id: str) -> Client:
     return client
 
 
+def _mine(session: Session, id: str) -> Client:
+    """A client's row, until the transaction ends nobody else's: a rejection does not undo a revocation. Raises NotFound."""
+    client = get(session, id)
+    session.refresh(client, with_for_update={"key_share": True})
+    return client
+
+
 def itself(session: Session, id: str) -> ClientSelf:
     """What a client may know of itself."""
     client = get(session, id)
@@ -131,7 +138,7 @@ def active(session: Session) -> list[Client]:
 
 def count_rejection(session: Session, id: str, limit: int, reason: str, now: datetime) -> None:
     """Count a rejected contribution; after `limit` in a row the client is paused until an operator reinstates it."""
-    client = get(session, id)
+    client = _mine(session, id)
     client.rejections += 1
     if client.rejections >= limit and client.state == ClientState.active:
         client.state = ClientState.paused
@@ -146,7 +153,7 @@ def clear_rejections(session: Session, id: str) -> None:
 
 def change(session: Session, id: str, wanted: ClientChange, now: datetime) -> str | None:
     """Change labels or state, or rotate the credential; gives the new credential if there is one. Raises NotFound, Conflict."""
-    client = get(session, id)
+    client = _mine(session, id)
     if client.state == ClientState.revoked:
         raise errors.Conflict(f"client {client.name} is revoked for good; enrol the machine anew")
     if wanted.labels is not None:

@@ -67,6 +67,13 @@ def get(session: Session, id: str) -> Run:
     return run
 
 
+def _mine(session: Session, id: str) -> Run:
+    """A run's row, until the transaction ends nobody else's: operators and conductors change it one after the other."""
+    run = get(session, id)
+    session.refresh(run, with_for_update={"key_share": True})
+    return run
+
+
 def pause(session: Session, id: str, now: datetime) -> Run:
     """running → paused: work in hand goes on, none is handed out. Raises NotFound, Conflict."""
     run = _in(session, id, (RunState.running, RunState.paused), "pause")
@@ -108,7 +115,7 @@ def stop(session: Session, id: str, now: datetime) -> Run:
 
 
 def _in(session: Session, id: str, states: tuple[RunState, ...], verb: str) -> Run:
-    run = get(session, id)
+    run = _mine(session, id)
     if run.state not in states:
         raise errors.Conflict(f"run {run.name} is {run.state}; a run that is {run.state} cannot {verb}", state=run.state)
     return run
@@ -121,7 +128,7 @@ def running(session: Session) -> list[str]:
 
 def advance(session: Session, id: str, now: datetime, pace: float) -> list[str]:
     """Take the run one step on: open, fill, close or abandon a round, or finish; gives the clients to wake."""
-    run = get(session, id)
+    run = _mine(session, id)
     round = rounds.current(session, id)
     if run.state != RunState.running or round is None or round.state == RoundState.merging:
         return []
