@@ -29,7 +29,12 @@ what they trained; operators make runs and follow their rounds. Every refusal is
 
 
 def build(settings: Settings, clock: Clock = database_clock) -> Context:
-    """The coordinator's parts, connected. Raises InvalidRequest for an executor or store that does not exist."""
+    """The coordinator's parts, connected. Raises InvalidRequest for an executor or store that does not exist, or cannot meet."""
+    if settings.blobs.startswith("memory://") and not settings.executor.startswith("threads://"):
+        raise errors.InvalidRequest(
+            f"blobs at {settings.blobs} are in this process alone; {settings.executor} would look for them in another: "
+            "use threads://N, or keep the blobs at file:///FOLDER"
+        )
     database = Database(settings.database, clock)
     blobs = Blobs.open(settings.blobs)
     executor = open_executor(settings.executor)

@@ -1,25 +1,21 @@
 """The algebra that strategies share: a sum's best approximation of a rank, and its cut into slices.
 
-While the ranks of a sum's terms add up to less than the matrix's smaller side, the matrix is never formed; all that is
-decided is decided on Gram matrices of the stacked factors, in float64.
+While the ranks of a sum's terms add up to less than the matrix's smaller side, the matrix is never formed: what is decided
+is decided on Gram matrices of the stacked factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from coordinator import truncation
 from coordinator.sums import Sum
 from protocol import errors
 from protocol.plan import Split
 from protocol.slices import Factors
-
-EPSILON = torch.finfo(torch.float64).eps
-CHUNK = 256  # columns of the stack that are widened to float64 at a time
-BLOCK = 512  # directions that are folded into a dense sum at a time
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class Truncation:
     s: Tensor  # (k,) float64, singular values, falling
     total: float  # ‖W‖²_F
     stacked_rank: int
+    short: float  # the share of ‖W‖²_F by which the best of this rank may hold more; 0 where this is the best
 
     def kept(self, rank: int) -> float:
         """The share of ‖W‖²_F in the leading directions: 1 − ‖W − W_rank‖² / ‖W‖²; 1 where W is zero."""
@@ -48,143 +45,40 @@ class Truncation:
 def truncate(w: Sum, rank: int) -> Truncation:
     """The best approximation of a sum by at most that rank, with exactly computed energies.
 
-    Below a stacked rank R of the smaller side: Gram matrices of the stack, cost (n_out + n_in) R² + R³, scratch 6 R²
-    float64. From there on: the terms are folded into one dense float64 matrix, whatever their number.
+    Which method is used follows from shape, stacked rank and rank alone (see `truncation`). A shortened one counts only
+    with the proof that what it leaves out is within 1 % of the least that can be left out; otherwise the exact one is used.
     Raises NoContributions for an empty sum, MismatchedSlice for factors of other shapes, NonFiniteSlice for NaN,
     infinity, or a result that float32 cannot hold.
     """
     if not w.terms:
         raise errors.NoContributions("a sum needs at least one term")
-    method: Callable[[Sum, int], _Singular] = _factored if w.rank < min(w.shape) else _folded
-    found = method(w, rank)
+    return _written(_singular(w, rank), w.rank)
+
+
+def _singular(w: Sum, rank: int) -> truncation.Singular:
+    if w.rank >= min(w.shape):
+        return truncation.folded(w, rank)
+    stack = truncation.collapsed(w)
+    found = truncation.quick(stack, rank) if truncation.quicker(w.shape, stack.rank, rank) else None
+    return found or truncation.exact(stack, rank)
+
+
+def _written(found: truncation.Singular, stacked_rank: int) -> Truncation:
     u, vt = _signed(found.u, found.vt)
     roots = found.squares.pow(0.25)
     b, a = (u * roots).float(), (roots[:, None] * vt).float()
     if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
         raise errors.NonFiniteSlice("the merged factors are larger than float32 can hold")
     total = found.total if len(roots) else 0.0
-    return Truncation(b=b, a=a, s=found.squares.sqrt(), total=total, stacked_rank=w.rank)
-
-
-@dataclass(frozen=True)
-class _Singular:
-    """Leading singular triplets, float64, with ‖W‖²_F."""
-
-    u: Tensor  # (n_out, k)
-    squares: Tensor  # (k,) squared singular values, falling
-    vt: Tensor  # (k, n_in)
-    total: float
-
-
-def _factored(w: Sum, rank: int) -> _Singular:
-    """Singular triplets from the R × R Gram matrices of the stack.
-
-    With B = [b₁ …], A = [a₁; …], C = diag(w) and A Aᵀ = L Lᵀ:  S = Lᵀ C BᵀB C L  has the squared singular values of
-    W = B C A as eigenvalues λ with vectors v, and  U = B (C L v / √λ),  Vᵀ = (vᵀ Lᵀ C BᵀB C / λ) A.  The weights stand on
-    the R × R side and not as roots in the factors, because they may be negative.
-    """
-    parts = [term.load(w.shape) for term in w.terms]
-    c = torch.cat([term.weights() for term in w.terms])  # (R,)
-    gram_a = _gram([part.a for part in parts])
-    gram_b = c[:, None] * _gram([part.b.T for part in parts]) * c
-    floor = _finite(float((gram_a.diagonal() * gram_b.diagonal()).sum()))
-    root = _root(gram_a)  # (R, k)
-    t = root.T @ gram_b  # (k, R)
-    squares, v = _leading(t @ root, rank, floor)
-    m = c[:, None] * (root @ v) / squares.sqrt()  # (R, r): U = B m
-    n = (v.T @ t) / squares[:, None]  # (r, R): Vᵀ = n A
-    u = torch.zeros(w.shape[0], len(squares), dtype=torch.float64)
-    vt = torch.zeros(len(squares), w.shape[1], dtype=torch.float64)
-    start = 0
-    for part in parts:
-        here = slice(start, start + part.rank)
-        u.addmm_(part.b.double(), m[here])
-        vt.addmm_(n[:, here], part.a.double())
-        start += part.rank
-    return _Singular(u=u, squares=squares, vt=vt, total=float((gram_a * gram_b).sum()))
-
-
-def _folded(w: Sum, rank: int) -> _Singular:
-    """Singular triplets of the dense sum, from the Gram matrix of its smaller side; one block of terms in memory."""
-    dense = torch.zeros(w.shape, dtype=torch.float64)
-    floor = 0.0
-    block: list[tuple[Tensor, Tensor]] = []
-    for number, term in enumerate(w.terms, start=1):
-        part, c = term.load(w.shape), term.weights()
-        b, a = part.b.double() * c, part.a.double()
-        floor += _finite(float((b.square().sum(dim=0) * a.square().sum(dim=1)).sum()))
-        block.append((b, a))
-        if number == len(w.terms) or sum(len(a) for _, a in block) >= BLOCK:
-            dense.addmm_(torch.cat([b for b, _ in block], dim=1), torch.cat([a for _, a in block], dim=0))
-            block.clear()
-    wide = w.shape[0] <= w.shape[1]
-    side = dense if wide else dense.T  # its rows are the smaller side
-    squares, v = _leading(side @ side.T, rank, floor)
-    other = (v / squares.sqrt()).T @ side
-    u, vt = (v, other) if wide else (other.T, v.T)
-    return _Singular(u=u, squares=squares, vt=vt, total=float(dense.square().sum()))
-
-
-def _gram(parts: Sequence[Tensor]) -> Tensor:
-    """X Xᵀ of the stacked rows of the parts, (R, R) float64; the stack is widened one chunk of columns at a time."""
-    size = sum(len(part) for part in parts)
-    width = parts[0].shape[1]
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    bands = [slice(start, min(start + -(-size // 4), size)) for start in range(0, size, max(1, -(-size // 4)))]
-    for start in range(0, width, CHUNK):
-        x = torch.cat([part[:, start : start + CHUNK].double() for part in parts])
-        for band in bands:  # only the upper triangle, in four bands
-            gram[band, band.start :].addmm_(x[band], x[band.start :].T)
-    return gram.triu() + gram.triu(1).T
-
-
-def _root(gram: Tensor) -> Tensor:
-    """L with L Lᵀ = gram, (R, k): Cholesky, or eigenvectors where rows depend on each other, as slices of one matrix do.
-
-    Scaled to a unit diagonal first, so that neither method sees how large the single rows are. Only L Lᵀ is used of L and
-    never its inverse, so nearly dependent rows do no harm: both methods give L Lᵀ to rounding.
-    """
-    t = gram.diagonal().sqrt()
-    inverse = torch.where(t > 0, 1 / t, 0.0)
-    correlation = inverse[:, None] * gram * inverse
-    lower: Tensor
-    lower, failed = torch.linalg.cholesky_ex(correlation)
-    if not int(failed):
-        return t[:, None] * lower
-    values: Tensor
-    vectors: Tensor
-    values, vectors = torch.linalg.eigh(correlation)
-    live = values > _tolerance(len(gram)) * values[-1]
-    return t[:, None] * (vectors[:, live] * values[live].sqrt())
-
-
-def _leading(gram: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues, falling, and their vectors in columns, as far as they stand out of rounding.
-
-    `floor` is the sum of the terms' own energies: where terms cancel, rounding is as large as they were, not as W is.
-    """
-    values, vectors = torch.linalg.eigh(gram)  # looks at one triangle, so rounding need not be symmetric
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    live = values > _tolerance(len(gram)) * max(float(values[0]), floor)
-    return values[live], vectors[:, live]
-
-
-def _tolerance(size: int) -> float:
-    """Smallest squared singular value that counts, relative to the largest: what float32 resolves, or a float64 Gram."""
-    return max(float(torch.finfo(torch.float32).eps) ** 2, size * EPSILON)
-
-
-def _finite(number: float) -> float:
-    if number != number or number == float("inf"):
-        raise errors.NonFiniteSlice("factors that enter the sum hold NaN or infinity, or are too large to be squared")
-    return number
+    short = max(0.0, found.most - float(found.squares.sum())) / total if total > 0 else 0.0
+    return Truncation(b=b, a=a, s=found.squares.sqrt(), total=total, stacked_rank=stacked_rank, short=short)
 
 
 def _signed(u: Tensor, vt: Tensor) -> tuple[Tensor, Tensor]:
     if not u.shape[1]:
         return u, vt
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).squeeze(0)  # argmax gives the first of equals
-    signs = torch.where(largest < 0, -1.0, 1.0).double()
+    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
     return u * signs, signs[:, None] * vt
 
 

@@ -91,7 +91,7 @@ def merge_module(task: ModuleTask) -> Piece:
     )
     found = truncate(aggregation.check(plan.strategy).combine(state), plan.global_rank)
     kept = {rank: found.kept(rank) for rank in sorted({*plan.ranks.ladder, plan.global_rank})}
-    energy = Energy(total=found.total, kept=kept, stacked_rank=found.stacked_rank)
+    energy = Energy(total=found.total, kept=kept, stacked_rank=found.stacked_rank, short=found.short)
     return module_piece(plan, round, task.name, found.padded(plan.global_rank), energy)
 
 

@@ -304,6 +304,10 @@ class Energy(Strict):
     total: float = Field(description="‖W‖²_F before the cut")
     kept: dict[int, float] = Field(description="rank → share of ‖W‖²_F that the leading directions hold; 1 where W is zero")
     stacked_rank: int = Field(description="directions that entered the sum")
+    short: float = Field(
+        default=0.0,
+        description="share of ‖W‖²_F that the best adapter of the largest rank may hold beyond this one; 0 where this is the best",
+    )
 
 
 class RoundSummary(Strict):
