@@ -18,6 +18,12 @@ def test_a_merge_is_measured_beside_the_dense_form_and_is_right() -> None:
     assert found.machine.processor
 
 
+def test_a_measurement_is_told_in_words() -> None:
+    told = CliRunner().invoke(app, ["merge", "--quick"]).output
+    assert "10 clients" in told
+    assert "relative error" in told
+
+
 def test_the_quick_benchmark_prints_one_json_line() -> None:
     (line,) = CliRunner().invoke(app, ["merge", "--quick", "--json"]).output.splitlines()
     assert json.loads(line)["clients"] == 10

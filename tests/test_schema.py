@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
 from sqlalchemy import Inspector, inspect
 
 from coordinator import schema
@@ -61,6 +63,19 @@ def test_migrations_match_the_tables_on_postgresql(postgres: Server) -> None:
 def test_migrating_twice_changes_nothing(sqlite_url: str) -> None:
     assert schema.is_current(sqlite_url)
     assert schema.migrate(sqlite_url) == schema.migrate(sqlite_url)
+
+
+def test_migrations_can_be_taken_back(database_url: str) -> None:
+    engine = open_engine(database_url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    with engine.execution_options(writes=True).begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+    assert inspect(engine).get_table_names() == ["alembic_version"]
+    engine.dispose()
+    schema.migrate(database_url)
+    assert schema.is_current(database_url)
 
 
 def test_a_database_without_tables_is_not_current(tmp_path: Path) -> None:
