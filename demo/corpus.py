@@ -68,8 +68,8 @@ def _turns(places: Sequence[str]) -> Iterator[tuple[str, Path]]:
 
 def _files(place: str) -> list[tuple[str, Path]]:
     """The source files of a package or module, each with a name that is the same on every machine; none if it is not here."""
-    for folder in (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")):
-        root = Path(folder, place)
+    for kind in ("purelib", "platlib", "stdlib"):
+        root = Path(sysconfig.get_path(kind), place)
         if root.is_dir():
             found = ((file.relative_to(root), file) for file in root.rglob("*.py"))
             return [(f"{place}/{name.as_posix()}", file) for name, file in found if SKIPPED.isdisjoint(name.parts)]

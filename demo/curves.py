@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from demo.report import Report, ranks
+from protocol.messages import RankView
 
 INK, GREY, FAINT = "#1c2330", "#6b7280", "#e5e7eb"
 CURVE, BASE = "#0b6e4f", "#b45309"
@@ -82,10 +83,8 @@ def _ranks(axes: Axes, report: Report) -> None:
             axes.text(column + 0.5, row, str(view.rank), ha="center", va="center", fontsize=8.5, color=ink)
     width = max(1, len(report.outcome.rounds) - 1)
     for name, view in ranks(report.outcome.rounds[-1]).items():
-        limits = [limit for limit, rank in view.limits.items() if rank == view.rank < ladder[-1]]
-        axes.annotate(
-            ", ".join(limits), (width, names.index(name)), (6, 0), textcoords="offset points", va="center", color=GREY, fontsize=9
-        )
+        words, row = ", ".join(_binding(view, ladder)), names.index(name)
+        axes.annotate(words, (width, row), (6, 0), textcoords="offset points", va="center", color=GREY, fontsize=9)
     axes.set_yticks(range(len(names)), [f"{d.name}  {len(d.train):>4,}" for d in report.departments])
     axes.set_xticks([n + 0.5 for n in range(len(report.outcome.rounds) - 1)], [str(found.number) for found in report.outcome.rounds[1:]])
     axes.set_xlim(0, width)
@@ -95,6 +94,13 @@ def _ranks(axes: Axes, report: Report) -> None:
         axes.annotate(
             words, (side, 1), (offset, 3), xycoords="axes fraction", textcoords="offset points", ha=align, color=GREY, fontsize=8.5
         )
+
+
+def _binding(view: RankView, ladder: Sequence[int]) -> list[str]:
+    """What keeps a rank from being larger. The others are asked within what the owner allows, so the owner goes first."""
+    if view.limits.get("owner") == view.rank:
+        return ["owner"]
+    return [limit for limit, rank in view.limits.items() if rank == view.rank < ladder[-1]]
 
 
 def _energy(axes: Axes, report: Report) -> None:

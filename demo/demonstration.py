@@ -27,7 +27,7 @@ from protocol.plan import Plan
 
 SEED = 0
 PER_FAMILY = 300  # texts that are collected of each family
-PREDICTIONS = 6  # that are shown
+PREDICTIONS = 8  # that are shown
 PARTS = ("coordinator", "departments", "logs", "adapter")  # of an earlier demonstration; made anew
 
 

@@ -52,8 +52,8 @@ modules = {'["query", "value"]' if known else '"all-linear"'}
 alpha = 2.0                          # scale of the update, the same at every rank
 
 [training]
-learning_rate = {0.01 if known else 0.002}
-batch_size = 16
+learning_rate = {0.005 if known else 0.002}
+batch_size = 8
 warmup = 0.1                         # share of the steps of each job
 
 [strategy]
