@@ -13,9 +13,9 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from coordinator import handout, publishing, runs
+from coordinator import publishing, runs
 from coordinator.assembly import Merged
 from coordinator.bell import Bell
 from coordinator.blobs import Blobs
@@ -37,10 +37,8 @@ class Conductor:
 
     def tick(self) -> bool:
         """Look once at everything that is due; says whether something was merged, so that the next look is worth its while."""
-        with self._database.write() as session:
-            handout.expire(session, self._database.clock(session))
         with self._database.read() as session:
-            due = runs.running(session)
+            due = runs.alive(session)
         for run in due:
             self._advance(run)
         return self._merge_all()
@@ -49,10 +47,12 @@ class Conductor:
         try:
             with self._database.write() as session:
                 woken = runs.advance(session, run, self._database.clock(session), self._pace)
-        except SQLAlchemyError:
+        except OperationalError:
             raise
-        except Exception:  # a defect that one run meets must not stop the others
+        except Exception as error:  # a defect that one run meets must not stop the others
             log.exception("advance-failed", run=run)
+            with self._database.write() as session:
+                runs.fail(session, run, _words(error), self._database.clock(session))
         else:
             self._bell.ring(woken)
 
@@ -63,6 +63,9 @@ class Conductor:
                 busy = self.tick()
             except SQLAlchemyError as error:
                 log.warning("conductor-waits", reason=str(error.__cause__ or error))
+                busy = False
+            except Exception:  # whatever it is: a coordinator without conductor would answer, and never do anything again
+                log.exception("tick-failed")
                 busy = False
             if not busy:
                 self._bell.await_conductor_call(longest_pause)
@@ -78,22 +81,23 @@ class Conductor:
         return bool(waiting)
 
     def _merge(self, claim: Claim) -> None:
-        with self._database.read() as session:
-            task = publishing.task(session, claim, self._blobs.url)
         began = time.monotonic()
         try:
+            with self._database.read() as session:
+                task = publishing.task(session, claim, self._blobs.url)
             with self._holding(claim):
                 merged = self._carry_out(task)
+            with self._database.write() as session:
+                now = self._database.clock(session)
+                woken = publishing.publish(session, claim, merged, time.monotonic() - began, now, self._pace)
+        except OperationalError:
+            raise
         except Exception as error:
             log.exception("merge-failed", round=claim.round_id)
-            reason = str(error) if isinstance(error, HLoRAError) else f"{type(error).__name__}: {error}"
             with self._database.write() as session:
-                publishing.fail(session, claim, reason, self._database.clock(session))
-            return
-        with self._database.write() as session:
-            now = self._database.clock(session)
-            woken = publishing.publish(session, claim, merged, time.monotonic() - began, now, self._pace)
-        self._bell.ring(woken)
+                publishing.fail(session, claim, _words(error), self._database.clock(session))
+        else:
+            self._bell.ring(woken)
 
     def _carry_out(self, task: RoundTask | Plan) -> Merged:
         return first_adapter(task, self._blobs) if isinstance(task, Plan) else merge_round(task, self._executor, self._blobs)
@@ -115,3 +119,8 @@ class Conductor:
         finally:
             done.set()
             thread.join()
+
+
+def _words(error: Exception) -> str:
+    """What an operator is told of a failure; the log has the rest."""
+    return str(error) if isinstance(error, HLoRAError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

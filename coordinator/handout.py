@@ -74,16 +74,15 @@ def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: floa
     return _queue(session, round, JobKind.evaluate, able, views, published.slices(session, round.id), deadline, now)
 
 
-def expire(session: Session, now: datetime) -> None:
-    """End the jobs whose times have run out, and those of clients that may not work any more."""
+def expire(session: Session, run: Run, now: datetime) -> None:
+    """End the run's jobs whose times have run out, and those of clients that may not work any more."""
     rows = session.execute(
-        select(Job, Round, Run, Client)
+        select(Job, Round, Client)
         .join(Round, Job.round_id == Round.id)
-        .join(Run, Round.run_id == Run.id)
         .join(Client, Job.client_id == Client.id)
-        .where(Job.state.in_(ACTIVE))
+        .where(Round.run_id == run.id, Job.state.in_(ACTIVE))
     )
-    for job, round, run, client in rows:
+    for job, round, client in rows:
         ended = _overdue(job, plan_of(run), client, now)
         if ended is not None and end(session, Job.id == job.id, Job.epoch == job.epoch, state=ended[0], reason=ended[1], now=now):
             events.record(session, now, f"job-{ended[0]}", run=run.id, round=round.number, client=client.name, reason=ended[1])

@@ -13,7 +13,7 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, handout, published
+from coordinator import clients, events, handout, published, rounds
 from coordinator.assembly import Merged
 from coordinator.jobs import plan_of
 from coordinator.merge import Input, RoundTask
@@ -56,11 +56,6 @@ def claim(session: Session, round_id: int, now: datetime) -> Claim | None:
 def prolong(session: Session, claim: Claim, now: datetime) -> bool:
     """Hold the claim for longer; false if it was lost."""
     return _update(session, claim, merge_until=now + CLAIM)
-
-
-def let_go(session: Session, claim: Claim, now: datetime) -> None:
-    """Free the claim, so that the round is tried again at once."""
-    _update(session, claim, merge_until=now)
 
 
 def _update(session: Session, claim: Claim, **values: object) -> bool:
@@ -124,11 +119,8 @@ def round_to(seconds: float) -> float:
 
 
 def fail(session: Session, claim: Claim, reason: str, now: datetime) -> None:
-    """Give the claim back after a failed merge; when that happened too often, the run fails and says why."""
-    let_go(session, claim, now)
-    if claim.epoch < CLAIMS:
-        return
+    """Free the claim after a failed merge, so that the round is tried again; when that happened too often, the run fails."""
     round = session.get_one(Round, claim.round_id)
-    run = session.get_one(Run, round.run_id)
-    run.state, run.reason, run.ended_at = RunState.failed, f"round {round.number} could not be merged: {reason}", now
-    events.record(session, now, "run-failed", run=run.id, round=round.number, reason=run.reason)
+    run = session.get_one(Run, round.run_id, with_for_update={"key_share": True})
+    if _update(session, claim, merge_until=now) and claim.epoch >= CLAIMS:
+        rounds.fail(session, run, f"round {round.number} could not be merged: {reason}", now)

@@ -80,6 +80,13 @@ def pause(session: Session, run: Run, reason: str, now: datetime) -> None:
     events.record(session, now, "run-paused", run=run.id, reason=reason)
 
 
+def fail(session: Session, run: Run, reason: str, now: datetime) -> None:
+    """End a running run because of something that an operator has to look at, who can then resume it."""
+    if run.state == RunState.running:
+        run.state, run.reason, run.ended_at = RunState.failed, reason, now
+        events.record(session, now, "run-failed", run=run.id, reason=reason)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What shall become of an open round."""

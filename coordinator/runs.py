@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -121,14 +121,22 @@ def _in(session: Session, id: str, states: tuple[RunState, ...], verb: str) -> R
     return run
 
 
-def running(session: Session) -> list[str]:
-    """The ids of all running runs, oldest first."""
-    return list(session.scalars(select(Run.id).where(Run.state == RunState.running).order_by(Run.created_at, Run.id)))
+def alive(session: Session) -> list[str]:
+    """The ids of all runs that go on, or whose last jobs have not ended, oldest first."""
+    working = select(Round.run_id).join(Job, Job.round_id == Round.id).where(Job.state.in_(ACTIVE))
+    query = select(Run.id).where(or_(Run.state == RunState.running, Run.id.in_(working)))
+    return list(session.scalars(query.order_by(Run.created_at, Run.id)))
+
+
+def fail(session: Session, id: str, reason: str, now: datetime) -> None:
+    """running → failed, because of a defect that it met; it can be resumed when that is mended."""
+    rounds.fail(session, _mine(session, id), reason, now)
 
 
 def advance(session: Session, id: str, now: datetime, pace: float) -> list[str]:
-    """Take the run one step on: open, fill, close or abandon a round, or finish; gives the clients to wake."""
+    """Take the run one step on: end what is overdue; open, fill, close or abandon a round, or finish; gives the clients to wake."""
     run = _mine(session, id)
+    handout.expire(session, run, now)
     round = rounds.current(session, id)
     if run.state != RunState.running or round is None or round.state == RoundState.merging:
         return []
