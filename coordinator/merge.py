@@ -51,6 +51,7 @@ class RoundTask:
     round: int  # the round that is published
     previous: str  # digest of the global adapter before it
     inputs: tuple[Input, ...]
+    earlier: str | None = None  # digest of the global adapter one round before that
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def merge_module(task: ModuleTask) -> Piece:
         round=round,
         adapter=StoredFactors(open_slice(blobs, task.round.previous), task.name),
         contributions=tuple(_contribution(blobs, input, task.name) for input in task.round.inputs),
+        earlier=StoredFactors(open_slice(blobs, task.round.earlier), task.name) if task.round.earlier else None,
     )
     found = truncate(aggregation.check(plan.strategy).combine(state), plan.global_rank)
     kept = {rank: found.kept(rank) for rank in sorted({*plan.ranks.ladder, plan.global_rank})}

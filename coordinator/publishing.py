@@ -75,7 +75,15 @@ def task(session: Session, claim: Claim, store: str) -> RoundTask | Plan:
     assert before is not None, "a round opens only after the one before it was published"
     assert before.adapter is not None, "a published round has an adapter"
     inputs = tuple(_input(job, plan) for job in handout.training_jobs(session, round.id) if job.state == JobState.submitted)
-    return RoundTask(store=store, plan=plan, round=round.number, previous=before.adapter, inputs=inputs)
+    earlier = published.round_of(session, run.id, round.number - 2)
+    return RoundTask(
+        store=store,
+        plan=plan,
+        round=round.number,
+        previous=before.adapter,
+        inputs=inputs,
+        earlier=None if earlier is None else earlier.adapter,
+    )
 
 
 def _input(job: Job, plan: Plan) -> Input:

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings
 import admin.settings
 import agent.settings
 import coordinator.settings
+from coordinator import aggregation
 from coordinator.app import build, create_app
 from coordinator.problems import answer, status
 from protocol import errors
@@ -127,6 +128,48 @@ def openapi() -> str:
     return json.dumps(description, indent=1, ensure_ascii=False) + "\n"
 
 
+def strategies() -> str:
+    """What every strategy says of itself."""
+    kinds = {name: aggregation.load(name) for name in aggregation.names()}
+    claims = {n: [_yes(k.exact), _yes(k.linear), _yes(k.gauge_free), "one" if k.equal_ranks else "any", k.cost] for n, k in kinds.items()}
+    return f"""{WRITTEN}
+# Strategies
+
+A strategy says how the contributions of a round become the next global adapter. A plan names it; its options are the fields of
+its class. To add one, see [writing a strategy](writing-a-strategy.md).
+
+*Exact*: the sum is a weighted mean of what the clients made, without cross terms between clients. *Linear*: the sum is linear in
+the products that clients send, so that it could be formed without anybody seeing a single one. *Gauge-free*: a client that sends
+other factors of the same product changes nothing. *Ranks*: whether clients may differ. *Cost*: multiplications to merge one
+module, with D = n_out + n_in, R the ranks of all contributions added up, r the largest; where R reaches the smaller side n of the
+matrix, n_out n_in R + n³ instead.
+
+Under every strategy a client of rank r receives the leading r directions of the adapter and sends as many back: r D numbers per
+module each way, of 4 bytes, or 2 where the plan's wire is a half precision.
+
+| strategy | exact | linear | gauge-free | ranks | cost | source |
+|---|---|---|---|---|---|---|
+{_lines(f"| `{n}` | {' | '.join(claims[n])} | {k.source} |" for n, k in kinds.items())}
+
+In formulas: W is the adapter, p the clients' shares of the weight, s their scales, b and a their factors, b₀ a₀ the slice that
+each was given, qᵢ the share of those whose rank reaches direction i.
+
+{_lines(f"- `{n}`: {k.equation}. {(k.__doc__ or '').splitlines()[0]}{_options(k)}" for n, k in kinds.items())}
+
+Merging finds the best approximation of the sum at the plan's cap by one of three methods, chosen by size; `rounds show` says for
+every module how much of the sum's energy each rank holds, and how much more the best choice could hold at most.
+"""
+
+
+def _yes(claim: bool) -> str:
+    return "yes" if claim else "no"
+
+
+def _options(kind: type[aggregation.Strategy]) -> str:
+    told = (f"`{name}` ({field.default}): {field.description}" for name, field in kind.model_fields.items())
+    return "".join(f"\n  - {option}" for option in told)
+
+
 def decisions() -> str:
     """The list of decisions."""
     found = sorted((HERE / "decisions").glob("[0-9]*.md"))
@@ -147,6 +190,7 @@ def _lines(lines: Iterator[str]) -> str:
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "problems.md": problems,
     "configuration.md": configuration,
+    "strategies.md": strategies,
     "decisions/README.md": decisions,
     "openapi.json": openapi,
 }

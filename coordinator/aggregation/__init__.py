@@ -7,55 +7,23 @@ A plan names a strategy by its file's name. Packages from outside add theirs thr
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import ClassVar, TypeGuard
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from coordinator.sums import Stored, Sum
+from coordinator.contributions import Contribution, Given, ModuleRound, Weights, by_share, changes
+from coordinator.sums import Sum, Term
 from protocol import errors
 from protocol.messages import Description
 from protocol.plan import Choice, Strict
-from protocol.slices import Factors
+
+__all__ = ["GROUP", "Changes", "Contribution", "Given", "ModuleRound", "Strategy", "check", "describe", "load", "names"]
 
 GROUP = "hlora.strategies"
-
-
-@dataclass(frozen=True)
-class Given:
-    """A slice as it was handed out; equal digests are equal slices."""
-
-    digest: str
-    factors: Factors | Stored
-    scale: float
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """One accepted slice's factors of one module, and the slice that they started from.
-
-    What a client claims is its change, scale · b @ a − given.scale · given.b @ given.a. Where that was larger than the
-    plan allows, only the share `shrink` of it counts.
-    """
-
-    factors: Factors | Stored
-    scale: float
-    weight: float  # p ≥ 0; those of a round sum to one
-    shrink: float  # γ in (0, 1]
-    given: Given
-
-
-@dataclass(frozen=True)
-class ModuleRound:
-    """All that a strategy may know of one module in one round, in an order that depends on contents alone."""
-
-    shape: tuple[int, int]  # (n_out, n_in)
-    round: int
-    adapter: Factors | Stored  # W before the round: scale 1
-    contributions: tuple[Contribution, ...]
 
 
 class Strategy(Strict, ABC):
@@ -64,11 +32,36 @@ class Strategy(Strict, ABC):
     exact: ClassVar[bool]  # the sum is the weighted mean of what clients made, without cross terms
     linear: ClassVar[bool]  # the sum is linear in the clients' products, so that it could be formed under masks
     gauge_free: ClassVar[bool]  # b m, m⁻¹ a gives the same sum as b, a
+    equal_ranks: ClassVar[bool] = False  # it refuses a round of unequal ranks
+    equation: ClassVar[str]
+    cost: ClassVar[str] = "D R² + R³"  # multiplications of one module's merge, D = n_out + n_in
     source: ClassVar[str]
 
     @abstractmethod
     def combine(self, round: ModuleRound) -> Sum:
         """The sum of which the next global adapter is the best approximation of the plan's rank."""
+
+
+class Changes(Strategy, ABC):
+    """Strategies that add the clients' changes to what is there: W ← W + η Σ w γ (s b a − s₀ b₀ a₀) + β (W − W before).
+
+    The last term is server momentum in the form that needs no memory of its own (Polyak 1964): with M ← β M + Δ and
+    W ← W + η M, the step before was η M.
+    """
+
+    step: float = Field(default=1.0, gt=0, le=10, description="η: what the mean change is multiplied by")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="β: the share of the adapter's last step that is taken again")
+
+    def weights(self, round: ModuleRound) -> Weights:
+        """For each contribution, one weight per direction."""
+        return by_share(round)
+
+    def combine(self, round: ModuleRound) -> Sum:
+        """(1 + β) W − β W before + η Σ w γ (s b a − s₀ b₀ a₀)."""
+        terms = changes(round, self.weights(round), self.step)
+        if round.earlier is None or not self.momentum:
+            return Sum(round.shape, [Term(round.adapter, 1.0), *terms])
+        return Sum(round.shape, [Term(round.adapter, 1.0 + self.momentum), *terms, Term(round.earlier, -self.momentum)])
 
 
 def names() -> list[str]:
@@ -108,6 +101,7 @@ def describe() -> list[Description]:
 def _describe(name: str, kind: type[Strategy]) -> Description:
     summary = (kind.__doc__ or name).strip().splitlines()[0]
     properties = {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "source": kind.source}
+    properties |= {"equal_ranks": kind.equal_ranks, "equation": kind.equation, "cost": kind.cost}
     return Description(name=name, summary=summary, options=kind.model_json_schema(), properties=properties)
 
 
@@ -116,4 +110,4 @@ def _files() -> list[str]:
 
 
 def _is_strategy(found: object) -> TypeGuard[type[Strategy]]:
-    return isinstance(found, type) and issubclass(found, Strategy) and found is not Strategy
+    return isinstance(found, type) and issubclass(found, Strategy) and not inspect.isabstract(found) and found is not Changes

@@ -14,7 +14,7 @@ from coordinator.merge import Merged, first_adapter, merge_round
 from protocol.plan import Plan
 from tests.merging.small import make_plan, read, round_task, send, trained, untrained, update
 
-ROUNDS = 30
+ROUNDS = 50
 LADDER = (1, 2, 4)
 # Three clients of equal weight: the first direction is held by all of them, the second by two, the others by one.
 SHARES = torch.tensor([1, 2 / 3, 1 / 3, 1 / 3], dtype=torch.float64)
@@ -41,15 +41,17 @@ def values(blobs: Blobs, plan: Plan, merged: Merged) -> Tensor:
     return found[:4]
 
 
-def test_under_hlora_a_direction_shrinks_by_the_share_of_those_who_hold_it(tmp_path: Path) -> None:
-    found = singular_values("hlora", tmp_path)
+@pytest.mark.parametrize(("strategy", "power"), [("hlora", 1), ("zero_pad", 2)])
+def test_a_direction_shrinks_by_the_share_of_those_who_hold_it_or_its_square(strategy: str, power: int, tmp_path: Path) -> None:
+    found = singular_values(strategy, tmp_path)
     for t, s in enumerate(found):
-        assert torch.allclose(s, SHARES**t * found[0], rtol=0, atol=1e-6 * float(found[0][0]))
+        assert torch.allclose(s, SHARES ** (power * t) * found[0], rtol=0, atol=1e-6 * float(found[0][0]))
     assert float(found[-1][2]) < 1e-6 * float(found[0][2])
 
 
-def test_under_delta_nothing_is_lost(tmp_path: Path) -> None:
-    found = singular_values("delta", tmp_path)
+@pytest.mark.parametrize("strategy", ["delta", "reweighted", "raflora"])
+def test_strategies_that_add_changes_or_average_over_holders_lose_nothing(strategy: str, tmp_path: Path) -> None:
+    found = singular_values(strategy, tmp_path)
     assert float(found[0][3]) == pytest.approx(float(found[-1][3]), rel=1e-4)
     for s in found:
         assert torch.allclose(s, found[0], rtol=0, atol=1e-5 * float(found[0][0]))

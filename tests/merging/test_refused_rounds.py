@@ -86,7 +86,7 @@ def test_an_adapter_that_the_wire_cannot_hold_is_refused(blobs: Blobs) -> None:
 
 def test_a_plan_that_was_never_resolved_or_names_no_strategy_is_refused(blobs: Blobs) -> None:
     _, task = second_round(blobs, make_plan())
-    for plan in (make_plan(layout=None), make_plan("nothing"), make_plan("delta", options={"step": 1})):
+    for plan in (make_plan(layout=None), make_plan("nothing"), make_plan("delta", options={"step": 11})):
         with pytest.raises(errors.InvalidPlan):
             merge(replace(task, plan=plan), blobs)
     with pytest.raises(errors.InvalidPlan):

@@ -17,6 +17,7 @@ from tests.merging.test_truncation import dense as multiplied_out
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "writing-a-strategy.md").read_text(encoding="utf-8")
+TABLE = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
 
 
 def install(folder: Path, module: str, source: str, target: str, name: str) -> None:
@@ -41,26 +42,30 @@ def test_every_strategy_says_what_it_is(name: str) -> None:
     described = next(found for found in aggregation.describe() if found.name == name)
     assert re.fullmatch(r"[A-Z].{20,160}\.", described.summary)
     assert described.options["type"] == "object"
-    assert described.properties == {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "source": kind.source}
+    claims = {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "equal_ranks": kind.equal_ranks}
+    assert described.properties == {**claims, "equation": kind.equation, "cost": kind.cost, "source": kind.source}
 
 
 @pytest.mark.parametrize("name", aggregation.names())
 def test_every_strategy_has_its_line_in_the_docs(name: str) -> None:
     kind = aggregation.load(name)
     claims = ["yes" if claim else "no" for claim in (kind.exact, kind.linear, kind.gauge_free)]
-    assert f"| `{name}` | {' | '.join(claims)} | {kind.source} |" in PAGE
-    assert f"- `{name}`: W ←" in PAGE
+    ranks = "one" if kind.equal_ranks else "any"
+    assert f"| `{name}` | {' | '.join(claims)} | {ranks} | {kind.cost} | {kind.source} |" in TABLE
+    assert f"- `{name}`: W ← {kind.equation.removeprefix('W ← ')}. {(kind.__doc__ or '').splitlines()[0]}" in TABLE
 
 
 @pytest.mark.parametrize("name", ["nothing", "os", "__init__", "delta.os", "..delta", "", "Delta"])
 def test_a_name_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
-    with pytest.raises(errors.InvalidPlan, match=r"there are delta, hlora"):
+    with pytest.raises(errors.InvalidPlan, match=r"there are delta, fedavg, hetlora, hlora"):
         aggregation.load(name)
 
 
 def test_an_option_that_a_strategy_does_not_have_is_refused() -> None:
-    with pytest.raises(errors.InvalidPlan, match=r"strategy delta, option step: .* its options are: none"):
-        aggregation.check(Choice(name="delta", options={"step": 2}))
+    with pytest.raises(errors.InvalidPlan, match=r"strategy hlora, option step: .* its options are: none"):
+        aggregation.check(Choice(name="hlora", options={"step": 2}))
+    with pytest.raises(errors.InvalidPlan, match=r"strategy delta, option momentum: .* its options are: step, momentum"):
+        aggregation.check(Choice(name="delta", options={"momentum": 1.0}))
 
 
 def test_a_strategy_written_after_the_page_works_from_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

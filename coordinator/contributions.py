@@ -1,0 +1,139 @@
+"""What a strategy is told of a round, and the few choices that strategies are made of.
+
+what is summed       products · changes · averaged factors
+with which weights   by_share · by_direction · by_norm
+what else is kept    untouched: the adapter's directions that nobody trained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coordinator.sums import Stored, Term
+from protocol.slices import Factors
+
+Weights = Sequence[Tensor]  # for each contribution one weight per direction, (r,) float64
+
+
+@dataclass(frozen=True)
+class Given:
+    """A slice as it was handed out; equal digests are equal slices."""
+
+    digest: str
+    factors: Factors | Stored
+    scale: float
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One accepted slice's factors of one module, and the slice that they started from.
+
+    What a client claims is its change, scale · b @ a − given.scale · given.b @ given.a. Where that was larger than the
+    plan allows, only the share `shrink` of it counts.
+    """
+
+    factors: Factors | Stored
+    scale: float
+    weight: float  # p ≥ 0; those of a round sum to one
+    shrink: float  # γ in (0, 1]
+    given: Given
+
+
+@dataclass(frozen=True)
+class ModuleRound:
+    """All that a strategy may know of one module in one round, in an order that depends on contents alone."""
+
+    shape: tuple[int, int]  # (n_out, n_in)
+    round: int
+    adapter: Factors | Stored  # W before the round: scale 1
+    contributions: tuple[Contribution, ...]
+    earlier: Factors | Stored | None = None  # W one round before that, scale 1; none in the first round
+
+
+# --- with which weights ------------------------------------------------------------------------------------------------
+
+
+def by_share(round: ModuleRound) -> Weights:
+    """Every direction of a contribution counts with its share p."""
+    return [torch.full((c.factors.rank,), c.weight, dtype=torch.float64) for c in round.contributions]
+
+
+def by_direction(round: ModuleRound) -> Weights:
+    """Direction i counts with p / qᵢ, where qᵢ is the share of those who trained it: it is averaged over them alone."""
+    trained = _trained(round)
+    return [c.weight / trained[: c.factors.rank] for c in round.contributions]
+
+
+def by_norm(round: ModuleRound) -> Weights:
+    """All of a contribution counts in proportion to p ‖s b a‖_F; with its share p where all of them are zero."""
+    sizes = [c.weight * c.scale * _norm(_load(c.factors, round)) for c in round.contributions]
+    total = sum(sizes)
+    if not total > 0:
+        return by_share(round)
+    return [torch.full((c.factors.rank,), size / total, dtype=torch.float64) for c, size in zip(round.contributions, sizes, strict=True)]
+
+
+def _trained(round: ModuleRound) -> Tensor:
+    """qᵢ: the share of those who trained direction i, as far as anybody did, float64."""
+    shares = torch.zeros(max(c.factors.rank for c in round.contributions), dtype=torch.float64)
+    for c in round.contributions:
+        shares[: c.factors.rank] += c.weight
+    return shares
+
+
+def _norm(factors: Factors) -> float:
+    b, a = factors.b.double(), factors.a.double()
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+
+
+# --- what is summed ----------------------------------------------------------------------------------------------------
+
+
+def products(round: ModuleRound, weights: Weights) -> list[Term]:
+    """Σ w (γ s b a + (1 − γ) s₀ b₀ a₀)."""
+    pairs = list(zip(round.contributions, weights, strict=True))
+    trained = [Term(c.factors, w * (c.shrink * c.scale)) for c, w in pairs]
+    return trained + [Term(c.given.factors, w[: c.given.factors.rank] * ((1 - c.shrink) * c.given.scale)) for c, w in pairs if c.shrink < 1]
+
+
+def changes(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Term]:
+    """Step · Σ w γ (s b a − s₀ b₀ a₀); those who were given the same slice share one term for it."""
+    pairs = [(c, w * (step * c.shrink)) for c, w in zip(round.contributions, weights, strict=True)]
+    given: dict[str, Given] = {c.given.digest: c.given for c, _ in pairs}
+    started = [
+        Term(slice.factors, -slice.scale * torch.stack([w[: slice.factors.rank] for c, w in pairs if c.given.digest == digest]).sum(dim=0))
+        for digest, slice in given.items()
+    ]
+    return [Term(c.factors, w * c.scale) for c, w in pairs] + started
+
+
+def averaged(round: ModuleRound, weights: Weights) -> Term:
+    """(Σ w √s b)(Σ w √s a), lower ranks padded with zeros; √s as slices are cut. Where γ < 1 a factor moves only so far."""
+    n_out, n_in = round.shape
+    rank = max(c.factors.rank for c in round.contributions)
+    b, a = torch.zeros(n_out, rank, dtype=torch.float64), torch.zeros(rank, n_in, dtype=torch.float64)
+    for c, w in zip(round.contributions, weights, strict=True):
+        root, r = c.given.scale**0.5, c.factors.rank
+        new = _load(c.factors, round)
+        b[:, :r] += w * (c.shrink * c.scale / root) * new.b.double()
+        a[:r] += w[:, None] * (c.shrink * root) * new.a.double()
+        if c.shrink < 1:
+            old = _load(c.given.factors, round)
+            b[:, :r] += w * ((1 - c.shrink) * root) * old.b.double()
+            a[:r] += w[:, None] * ((1 - c.shrink) * root) * old.a.double()
+    return Term(Factors(b=b, a=a), 1.0)
+
+
+def untouched(round: ModuleRound) -> Term:
+    """The adapter's directions that nobody trained in this round."""
+    kept = torch.ones(round.adapter.rank, dtype=torch.float64)
+    kept[: max(c.factors.rank for c in round.contributions)] = 0.0
+    return Term(round.adapter, kept)
+
+
+def _load(factors: Factors | Stored, round: ModuleRound) -> Factors:
+    return Term(factors, 1.0).load(round.shape)

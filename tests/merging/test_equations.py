@@ -1,0 +1,153 @@
+"""Every strategy against its paper's equation, written out over dense matrices in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from coordinator.aggregation import Contribution, ModuleRound
+from coordinator.blobs import Blobs
+from coordinator.initial import first_adapter
+from coordinator.merge import Input
+from protocol import errors
+from protocol.plan import Choice
+from protocol.slices import Factors
+from tests.merging.rounds import merge
+from tests.merging.small import dense, make_plan, read, round_task, send, update
+from tests.merging.test_strategies import Client, close, counted, make_round, product, rounds, strategy
+from tests.merging.test_truncation import dense as multiplied_out
+from tests.merging.test_truncation import rand
+
+
+def directions(factors: object, scale: float) -> list[Tensor]:
+    """The rank-one parts s bᵢ aᵢ of a slice, dense."""
+    assert isinstance(factors, Factors)
+    return [dense(Factors(b=factors.b[:, i : i + 1], a=factors.a[i : i + 1]), scale) for i in range(factors.rank)]
+
+
+def counted_directions(c: Contribution) -> list[Tensor]:
+    pairs = zip(directions(c.factors, c.scale), directions(c.given.factors, c.given.scale), strict=True)
+    return [c.shrink * new + (1 - c.shrink) * old for new, old in pairs]
+
+
+def holders(round: ModuleRound, i: int) -> list[Contribution]:
+    return [c for c in round.contributions if c.factors.rank > i]
+
+
+@settings(deadline=None, max_examples=40)
+@given(rounds)
+def test_raflora_averages_every_partition_over_those_who_hold_it(round: ModuleRound) -> None:
+    wanted = torch.zeros(round.shape, dtype=torch.float64)
+    own = directions(round.adapter, 1.0)
+    for low, high in ((0, 1), (1, 2), (2, 4)):  # the partitions of ranks 1, 2 and 4
+        held = [c for c in round.contributions if c.factors.rank >= high]
+        total = sum(c.weight for c in held)
+        for i in range(low, high):
+            wanted += sum((c.weight / total * counted_directions(c)[i] for c in held), torch.zeros(())) if held else own[i]
+    assert close(multiplied_out(strategy("raflora").combine(round)), wanted)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rounds)
+def test_reweighted_adds_to_each_direction_the_mean_change_of_those_who_train_it(round: ModuleRound) -> None:
+    wanted = product(round.adapter, 1.0)
+    for i in range(4):
+        held = holders(round, i)
+        for c in held:
+            change = counted_directions(c)[i] - directions(c.given.factors, c.given.scale)[i]
+            wanted = wanted + c.weight / sum(x.weight for x in held) * change
+    assert close(multiplied_out(strategy("reweighted").combine(round)), wanted)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rounds)
+def test_raflora_is_reweighted_where_slices_are_the_adapters_directions(round: ModuleRound) -> None:
+    assert close(multiplied_out(strategy("raflora").combine(round)), multiplied_out(strategy("reweighted").combine(round)))
+
+
+def padded_mean(round: ModuleRound, weights: list[float]) -> Tensor:
+    """(Σ w √s b)(Σ w √s a) with zeros up to rank 4, for rounds in which every change counts in full."""
+    b, a = torch.zeros(round.shape[0], 4).double(), torch.zeros(4, round.shape[1]).double()
+    for c, w in zip(round.contributions, weights, strict=True):
+        assert isinstance(c.factors, Factors)
+        r = c.factors.rank
+        b[:, :r] += w * c.scale**0.5 * c.factors.b.double()
+        a[:r] += w * c.scale**0.5 * c.factors.a.double()
+    return b @ a
+
+
+@settings(deadline=None, max_examples=40)
+@given(rounds)
+def test_zero_padding_multiplies_the_averaged_factors(round: ModuleRound) -> None:
+    full = replace(round, contributions=tuple(replace(c, shrink=1.0) for c in round.contributions))
+    assert close(multiplied_out(strategy("zero_pad").combine(full)), padded_mean(full, [c.weight for c in full.contributions]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(rounds)
+def test_hetlora_weighs_by_the_norm_of_the_update(round: ModuleRound) -> None:
+    full = replace(round, contributions=tuple(replace(c, shrink=1.0) for c in round.contributions))
+    norms = [c.weight * float(product(c.factors, c.scale).norm()) for c in full.contributions]
+    assert close(multiplied_out(strategy("hetlora").combine(full)), padded_mean(full, [x / sum(norms) for x in norms]))
+
+
+def test_hetlora_weighs_by_share_where_nobody_has_an_update() -> None:
+    round = make_round((6, 5), [Client(2, 1.0, 1.0, 1), Client(4, 1.0, 1.0, 2)])
+    nothing = tuple(
+        replace(c, factors=Factors(b=torch.zeros(6, c.factors.rank), a=rand(c.factors.rank, 5, seed=1))) for c in round.contributions
+    )
+    assert not multiplied_out(strategy("hetlora").combine(replace(round, contributions=nothing))).any()
+
+
+def test_fedavg_is_zero_padding_for_equal_ranks_and_refuses_others() -> None:
+    equal = make_round((12, 9), [Client(2, 1.0, 1.0, 1), Client(2, 3.0, 1.0, 2)])
+    assert close(multiplied_out(strategy("fedavg").combine(equal)), padded_mean(equal, [0.25, 0.75]))
+    with pytest.raises(errors.UnmergeableRound, match=r"ranks \[1, 2\] came"):
+        strategy("fedavg").combine(make_round((12, 9), [Client(2, 1.0, 1.0, 1), Client(1, 1.0, 1.0, 2)]))
+
+
+@pytest.mark.parametrize("name", ["zero_pad", "hetlora", "fedavg"])
+def test_a_factor_moves_only_so_far_where_a_change_counts_in_part(name: str) -> None:
+    whole = make_round((12, 9), [Client(2, 1.0, 1.0, 1)])
+    (c,) = whole.contributions
+    assert isinstance(c.factors, Factors)
+    assert isinstance(c.given.factors, Factors)
+    old = c.given.factors
+    moved = Factors(b=old.b + 0.25 * (c.factors.b - old.b), a=old.a + 0.25 * (c.factors.a - old.a))
+    part = replace(whole, contributions=(replace(c, shrink=0.25),))
+    # float32 halves of halves: rounding of the factors above
+    assert torch.allclose(multiplied_out(strategy(name).combine(part)), product(moved, c.scale), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["delta", "reweighted"])
+def test_momentum_is_the_recursion_with_a_memory(name: str) -> None:
+    beta, eta = 0.8, 0.5
+    crowd = [Client(4, 1.0, 1.0, 1), Client(4, 2.0, 1.0, 2)]
+    earlier = Factors(b=rand(20, 4, seed=70), a=rand(4, 12, seed=71))
+    round = replace(make_round((20, 12), crowd, version=3), earlier=earlier)
+    chosen = strategy(name).model_copy(update={"momentum": beta, "step": eta})
+    memory = (product(round.adapter, 1.0) - product(earlier, 1.0)) / eta  # M, of which the last step was η M
+    mean = sum(c.weight * (counted(c) - product(c.given.factors, c.given.scale)) for c in round.contributions)
+    assert close(multiplied_out(chosen.combine(round)), product(round.adapter, 1.0) + eta * (beta * memory + mean))
+    first = replace(round, earlier=None)
+    assert close(multiplied_out(chosen.combine(first)), product(round.adapter, 1.0) + eta * mean)
+
+
+def test_momentum_goes_on_over_rounds_from_stored_adapters(blobs: Blobs) -> None:
+    plan = make_plan("delta", options={"momentum": 0.5}, ladder=(4,), cap=9)
+    before = first_adapter(plan, blobs)
+    one = merge(round_task(blobs, plan, before, [send(blobs, plan, before.slices[4], seed=1)]), blobs)
+    sent: list[Input] = [send(blobs, plan, one.slices[4], train=lambda start, seed: start)]  # nothing learned
+    two = merge(replace(round_task(blobs, plan, one, sent, 2), earlier=before.adapter.digest), blobs)
+    module = "block.q"
+    w0, w1, w2 = (update(read(blobs, x.adapter), module) for x in (before, one, two))
+    assert torch.allclose(w2 - w1, 0.5 * (w1 - w0), atol=1e-5)
+
+
+def test_a_plan_may_set_them() -> None:
+    assert strategy("delta").model_validate({"momentum": 0.9, "step": 0.1}) != strategy("delta")
+    assert Choice(name="delta").options == {}
