@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TypeVar
 
 from sqlalchemy import Select, tuple_
@@ -17,6 +18,7 @@ from protocol.messages import Page
 
 Row = TypeVar("Row")
 View = TypeVar("View")
+_ID = re.compile("[a-z]+-[0-9a-f]{16}")
 
 
 def page(
@@ -45,8 +47,8 @@ def _decode(cursor: str) -> tuple[datetime, str]:
     try:
         at, id = json.loads(base64.urlsafe_b64decode(cursor))
         moment = datetime.fromisoformat(at)
-        if not isinstance(id, str) or moment.tzinfo is None or "\0" in id:
+        if moment.tzinfo is None or not _ID.fullmatch(id):
             raise ValueError(id)
-    except (ValueError, TypeError, binascii.Error):
+        return moment.astimezone(UTC), id
+    except (ValueError, TypeError, OverflowError, binascii.Error):
         raise errors.InvalidRequest("the cursor is not one that this coordinator gave out; begin without one") from None
-    return moment, id
