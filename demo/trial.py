@@ -46,6 +46,7 @@ def open_adapter(folder: Path, plan: Plan) -> Loaded:
 def try_out(folders: Mapping[int, Path], ranks: Mapping[str, int], departments: Sequence[Department], plan: Plan, count: int) -> Trial:
     """Measure the adapters pulled at these ranks on rows that nobody trained on, and show `count` of the predictions."""
     torch.set_num_threads(1)
+    torch.manual_seed(plan.seed)  # of the untrained head, which the base model has without the adapter
     right = 0
     for rank, folder in folders.items():
         mine = [row for department in departments if ranks[department.name] == rank for row in department.held_out]
