@@ -16,14 +16,20 @@ def benchmarks() -> None:
 
 @app.command()
 def merge(
-    quick: Annotated[bool, typer.Option("--quick", help="one small size")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON line for each size")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a part of RoBERTa-large alone, under a minute")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON line for each measurement")] = False,
 ) -> None:
     """Merge rounds of clients with unequal ranks, beside the dense form."""
-    from benchmarks.merge import QUICK, SIZES, measure, report
+    from benchmarks.merge import QUICK, SIZES, measure, methods, report
 
-    for size in QUICK if quick else SIZES:
-        found = measure(size)
+    decompositions: dict[tuple[int, int], float] = {}
+    sizes = QUICK if quick else SIZES
+    told = {size.shapes[0]: size for size in sizes if size.clients == 20}
+    for one in told.values():
+        for method in methods(one, decompositions):
+            typer.echo(method.model_dump_json() if as_json else report(method))
+    for size in sizes:
+        found = measure(size, decompositions)
         typer.echo(found.model_dump_json() if as_json else report(found))
 
 

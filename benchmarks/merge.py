@@ -1,144 +1,220 @@
-"""One round merged from files, beside the dense form: form Σ p s b a of every module, then a full singular value decomposition.
+"""A round merged from files, beside the dense form that published code runs: form Σ p s b a of every module, then decompose it.
 
-Both start from the same contributions and use one thread. The dense form is measured on one module and multiplied by their
-number; what it would cost to read the files is left out, in its favour.
+Both start from the same contributions, with the same number of threads. Of the dense form one module of each shape is
+measured; what it would cost to read the files is left out, and its modules are taken to share the threads perfectly, both in
+its favour.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from benchmarks.machine import Machine, this_machine
+from benchmarks.crowd import Size, gather
+from benchmarks.machine import Machine, Rates, peak_bytes, reset_peak, resident_bytes, this_machine
+from coordinator import spectrum, truncation
 from coordinator.blobs import Blobs
 from coordinator.executors import open_executor
-from coordinator.initial import first_adapter
-from coordinator.merge import Input, Merged, RoundTask, merge_round
-from protocol.plan import Plan
-from protocol.slices import Factors, Label, Slice, pack, unpack
+from coordinator.merge import Merged, RoundTask, merge_round
+from coordinator.reading import open_slice
+from coordinator.truncation import Stack
+from protocol.messages import Energy
+from protocol.plan import Dtype
+from protocol.slices import Factors
 
-FINGERPRINT = "sha256:" + "0" * 64
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model, a crowd, and the ranks that its clients train in turn."""
-
-    name: str
-    modules: int
-    side: int
-    clients: int
-    ladder: tuple[int, ...] = (4, 8, 16, 32)
+Seconds = dict[tuple[int, int], float]  # of one decomposition, by shape
 
 
 class Merge(BaseModel):
     """What merging one round cost."""
 
     size: str
-    modules: int
-    side: int
     clients: int
+    wire: Dtype
+    modules: int  # that were merged; the model has `copies` times as many
+    copies: float
+    extrapolated: bool  # seconds and dense_seconds are of the model, from fewer modules
+    stacked_rank: int
+    rank: int
     seconds: float
-    dense_seconds: float  # one module measured, times the modules
+    dense_seconds: float
     ratio: float
-    relative_error: float  # of one module, against the best approximation of the sum in float64
+    peak_megabytes: float | None  # above what was in memory before the merge; none where the system does not say
+    relative_excess: float  # of one module: (error − least error) / ‖W‖, in float64
+    error_ratio: float  # error / least error
+    certificate_error: float  # of what was said to be lost, relative to what was lost
+    limit_share: float  # the least time that this machine could take / seconds
     machine: Machine
 
 
+class Method(BaseModel):
+    """One module in memory, by one method."""
+
+    method: str
+    n_out: int
+    n_in: int
+    clients: int
+    stacked_rank: int
+    rank: int
+    seconds: float
+    dense_seconds: float
+    ratio: float
+    machine: Machine
+
+
+ROBERTA = ((1024, 1024),)
+LLAMA_BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+
+
+def _roberta(clients: int, modules: int, wire: Dtype) -> Size:
+    return Size("RoBERTa-large, 48 modules 1024²", ROBERTA * modules, clients, wire, 48 / modules)
+
+
+def _llama(clients: int, wire: Dtype) -> Size:
+    return Size("Llama-2-7B, 224 modules, from one block", LLAMA_BLOCK, clients, wire, 32)
+
+
+BOTH = (Dtype.float32, Dtype.bfloat16)
 SIZES = (
-    Size("RoBERTa-base, 24 modules 768²", 24, 768, 20),
-    Size("RoBERTa-large, 48 modules 1024²", 48, 1024, 20),
+    *(_roberta(clients, modules, wire) for clients, modules in ((10, 48), (20, 48), (100, 8), (1000, 2)) for wire in BOTH),
+    *(_llama(20, wire) for wire in BOTH),
+    _llama(100, Dtype.bfloat16),
 )
-QUICK = (Size("one layer, 2 modules 512²", 2, 512, 10),)
+QUICK = (_roberta(20, 24, Dtype.float32), _roberta(20, 24, Dtype.bfloat16), _roberta(100, 4, Dtype.float32))
 
 
-def measure(size: Size) -> Merge:
-    """Merge one round of that size, both ways."""
+def measure(size: Size, decompositions: Seconds, workers: int | None = None) -> Merge:
+    """Merge one round of that size, both ways, with so many threads; by default one for each core."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="hlora-bench-") as folder, open_executor("threads://1") as executor:
+    workers = workers or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="hlora-bench-") as folder, open_executor(f"threads://{workers}") as executor:
         blobs = Blobs.open(f"file://{folder}/blobs")
-        plan = _plan(size)
-        first = first_adapter(plan, blobs)
-        inputs = tuple(_send(size, plan, blobs, first, number) for number in range(size.clients))
-        task = RoundTask(store=blobs.url, plan=plan, round=1, previous=first.adapter.digest, inputs=inputs)
+        task = gather(size, blobs)
+        rates = Rates.measured()
+        reset_peak()
+        before = resident_bytes()
         began = time.perf_counter()
         merged = merge_round(task, executor, blobs)
-        seconds = time.perf_counter() - began
-        dense_seconds, error = _dense(size, task, blobs, merged)
+        seconds = (time.perf_counter() - began) * size.copies
+        peak = peak_bytes()
+        dense = sum(_dense_seconds(size, task, blobs, shape, decompositions) for shape in size.shapes) * size.copies / workers
+        excess, ratio, certificate = _checked(size, task, blobs, merged)
+    stacked = sum(input.rank for input in task.inputs)
     return Merge(
         size=size.name,
-        modules=size.modules,
-        side=size.side,
         clients=size.clients,
+        wire=size.wire,
+        modules=len(size.shapes),
+        copies=size.copies,
+        extrapolated=size.copies > 1,
+        stacked_rank=stacked,
+        rank=task.plan.global_rank,
         seconds=seconds,
-        dense_seconds=dense_seconds * size.modules,
-        ratio=dense_seconds * size.modules / seconds,
-        relative_error=error,
+        dense_seconds=dense,
+        ratio=dense / seconds,
+        peak_megabytes=None if before is None or peak is None else (peak - before) / 1e6,
+        relative_excess=excess,
+        error_ratio=ratio,
+        certificate_error=certificate,
+        limit_share=_limit(size, task, stacked, rates) * size.copies / workers / seconds,
         machine=this_machine(),
     )
 
 
-def _plan(size: Size) -> Plan:
-    modules = {f"layer.{number:03}": (size.side, size.side) for number in range(size.modules)}
-    base = {"parameters": 10**6, "layers": size.modules, "hidden": size.side, "vocabulary": 1000}
-    return Plan.model_validate(
-        {
-            "name": "bench",
-            "model": {"id": "bench", "fingerprint": FINGERPRINT},
-            "task": {"kind": "causal-lm"},
-            "data": "rows",
-            "adapter": {"modules": "all-linear"},
-            "layout": {"modules": modules, "base": base},
-            "training": {"learning_rate": 0.001},
-            "strategy": {"name": "hlora"},
-            "ranks": {"name": "fixed", "ladder": size.ladder},
-            "cohort": {"target": size.clients, "quorum": 1},
-            "rounds": 1,
-        }
-    )
-
-
-def _send(size: Size, plan: Plan, blobs: Blobs, first: Merged, number: int) -> Input:
-    """One client's contribution: random factors, stored as they would have been sent."""
-    rank = size.ladder[number % len(size.ladder)]
-    scale, base = plan.adapter.scale(rank), first.slices[rank].digest
-    generator = torch.Generator().manual_seed(number)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).div_(size.side**0.5)
-
-    assert plan.layout is not None, "this plan is made with its layout"
-    factors = {module: Factors(b=drawn(size.side, rank), a=drawn(rank, size.side)) for module in plan.layout.modules}
-    data = pack(Slice(Label(rank=rank, scale=scale, round=1, base=base, examples=1), factors), plan.layout, plan.wire)
-    return Input(digest=blobs.put(data).digest, rank=rank, scale=scale, weight=float(number + 1), shrink=1.0, base=base)
-
-
-def _dense(size: Size, task: RoundTask, blobs: Blobs, merged: Merged) -> tuple[float, float]:
-    """Seconds of the dense form for one module, and how far the merged module is from the best approximation."""
-    module, rank = "layer.000", task.plan.global_rank
+def _terms(task: RoundTask, blobs: Blobs, module: str) -> list[tuple[float, Factors]]:
     total = sum(input.weight for input in task.inputs)
-    terms = [(input.weight / total * input.scale, unpack(blobs.read(input.digest)).factors[module]) for input in task.inputs]
-    began = time.perf_counter()
-    mean = torch.zeros(size.side, size.side)
+    return [(input.weight / total * input.scale, open_slice(blobs, input.digest).factors(module)) for input in task.inputs]
+
+
+def _summed(terms: list[tuple[float, Factors]], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    mean = torch.zeros(shape, dtype=dtype)
     for weight, factors in terms:
-        mean += weight * (factors.b @ factors.a)
-    torch.linalg.svd(mean)
-    seconds = time.perf_counter() - began
-    exact = sum((weight * factors.b.double() @ factors.a.double() for weight, factors in terms), torch.zeros(size.side, size.side).double())
-    u, s, vt = torch.linalg.svd(exact, full_matrices=False)
-    best = u[:, :rank] * s[:rank] @ vt[:rank]
-    found = unpack(blobs.read(merged.adapter.digest)).factors[module]
-    return seconds, float(torch.linalg.norm(found.b.double() @ found.a.double() - best) / torch.linalg.norm(best))
+        mean += weight * (factors.b.to(dtype) @ factors.a.to(dtype))
+    return mean
 
 
-def report(found: Merge) -> str:
+def _dense_seconds(size: Size, task: RoundTask, blobs: Blobs, shape: tuple[int, int], decompositions: Seconds) -> float:
+    """Seconds of the dense form for one module; a decomposition takes as long whatever was summed, and is measured once."""
+    module = next(name for name, found in size.modules.items() if found == shape)
+    terms = _terms(task, blobs, module)
+    began = time.perf_counter()
+    mean = _summed(terms, shape, torch.float32)
+    formed = time.perf_counter() - began
+    if shape not in decompositions:
+        began = time.perf_counter()
+        torch.linalg.svd(mean, full_matrices=False)
+        decompositions[shape] = time.perf_counter() - began
+    return formed + decompositions[shape]
+
+
+def _checked(size: Size, task: RoundTask, blobs: Blobs, merged: Merged) -> tuple[float, float, float]:
+    """Of one module: relative excess error, error over least error, and how wrong the certificate is."""
+    module, rank = "module.000", task.plan.global_rank
+    w = _summed(_terms(task, blobs, module), size.shapes[0], torch.float64)
+    found = open_slice(blobs, merged.adapter.digest).factors(module)
+    lost = float((w - found.b.double() @ found.a.double()).square().sum())
+    side = w if w.shape[0] <= w.shape[1] else w.T
+    total = float(w.square().sum())
+    least = max(0.0, total - float(torch.linalg.eigvalsh(side @ side.T)[-rank:].sum()))
+    energy: Energy = merged.energy[module]
+    said = (1 - energy.kept[rank]) * energy.total
+    return (lost**0.5 - least**0.5) / total**0.5, (lost / least) ** 0.5, abs(said / lost - 1)
+
+
+def _limit(size: Size, task: RoundTask, stacked: int, rates: Rates) -> float:
+    """Least seconds of one thread: every byte read once; W multiplied once by r columns and once by r rows, as factors."""
+    sides = sum(n_out + n_in for n_out, n_in in size.shapes)
+    bytes = sides * stacked * size.wire.size
+    return bytes / rates.bytes_per_second + 4 * sides * stacked * task.plan.global_rank / rates.flops_per_second
+
+
+def methods(size: Size, decompositions: Seconds, repeats: int = 3) -> list[Method]:
+    """The first module of that size in memory, one thread: the exact and the quick method beside the dense form."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="hlora-bench-") as folder:
+        blobs = Blobs.open(f"file://{folder}/blobs")
+        one = replace(size, shapes=size.shapes[:1])
+        task, shape = gather(one, blobs), one.shapes[0]
+        terms = _terms(task, blobs, "module.000")
+        dense = _dense_seconds(one, task, blobs, shape, decompositions)
+    weights = torch.cat([torch.full((factors.rank,), weight, dtype=torch.float64) for weight, factors in terms])
+    stack, rank = Stack([factors for _, factors in terms], weights), task.plan.global_rank
+    ways: dict[str, Callable[[Stack, int], object | None]] = {"exact": truncation.exact, "quick": truncation.quick}
+    found = {name: _best(way, stack, rank, repeats) for name, way in ways.items()}
+    common = {"n_out": shape[0], "n_in": shape[1], "clients": one.clients, "stacked_rank": stack.rank, "rank": rank}
+    return [
+        Method(method=name, seconds=seconds, dense_seconds=dense, ratio=dense / seconds, machine=this_machine(), **common)
+        for name, seconds in found.items()
+    ]
+
+
+def _best(way: Callable[[Stack, int], object | None], stack: Stack, rank: int, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        found = way(stack, rank)
+        times.append(time.perf_counter() - began)
+        assert found is not None, f"the certificate asks for less than {spectrum.HAIR:.0%}, which this crowd allows"
+    return min(times)
+
+
+def report(found: Merge | Method) -> str:
     """One measurement for a person."""
+    if isinstance(found, Method):
+        return (
+            f"one module {found.n_out} × {found.n_in}, {found.clients} clients, one thread, {found.method}: "
+            f"{1000 * found.seconds:.0f} ms, dense form {found.dense_seconds:.2f} s ({found.ratio:.0f} times)"
+        )
     return (
-        f"{found.size}, {found.clients} clients: {found.seconds:.2f} s from files, dense form {found.dense_seconds:.1f} s "
-        f"({found.ratio:.0f} times), relative error {found.relative_error:.1e}"
+        f"{found.size}, {found.clients} clients, {found.wire}{', extrapolated' if found.extrapolated else ''}: {found.seconds:.2f} s from "
+        f"files, dense form {found.dense_seconds:.1f} s ({found.ratio:.1f} times), {found.limit_share:.0%} of the machine's limit, peak "
+        f"{'unknown' if found.peak_megabytes is None else f'{found.peak_megabytes:.0f} MB'}, error {found.error_ratio - 1:.1e} above the "
+        f"least ({found.relative_excess:.1e} of the sum), certificate true to {found.certificate_error:.1e}"
     )

@@ -107,12 +107,19 @@ def cut(adapter: Factors, rank: int, scale: float, split: Split, fresh: Tensor, 
 
 def _split(b: Tensor, a: Tensor, scale: float, split: Split) -> tuple[Tensor, Tensor]:
     """Factors for the columns of b and the rows of a, (r,) each; their products are 1 / scale."""
-    norm_b, norm_a = b.norm(dim=0), a.norm(dim=1)
-    norm_b, norm_a = torch.where(norm_b > 0, norm_b, 1.0), torch.where(norm_a > 0, norm_a, 1.0)
     match split:
         case Split.balanced:
-            return torch.full_like(norm_b, scale**-0.5), torch.full_like(norm_a, scale**-0.5)
+            root = torch.full((len(a),), scale**-0.5, dtype=torch.float64)
+            return root, root
         case Split.left:
-            return norm_a / scale, 1 / norm_a
+            norm = _lengths(a.T)
+            return norm / scale, 1 / norm
         case Split.right:
-            return 1 / norm_b, norm_b / scale
+            norm = _lengths(b)
+            return 1 / norm, norm / scale
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """The columns' lengths, one where a column is zero."""
+    found = x.norm(dim=0)
+    return torch.where(found > 0, found, 1.0)

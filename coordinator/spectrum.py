@@ -116,15 +116,14 @@ def within_a_hair(kept: float, most: float, total: float) -> bool:
 def _most(matrix: Tensor, values: Tensor, z: Tensor, w: Tensor, rank: int, noise: float) -> float:
     """The most that the `rank` largest eigenvalues can sum to, given orthonormal z with zᵀ M z = diag(values), w = M z.
 
-    In the basis [z, rest], M = [[Θ, Gᵀ], [G, Z]]. Where Z < μ < θ_rank, every eigenvalue λ above μ is one of
-    Θ + Gᵀ(λ − Z)⁻¹G, which is at most Θ + GᵀG / (θ_rank − μ). That Z < μ is proved by a Cholesky factor of μ − Z; infinite
-    where there is none.
-    Source: the Schur complement, and Weyl's and Ky Fan's inequalities (Horn and Johnson, Matrix Analysis, chapter 4).
+    In the basis [z, rest], M = [[Θ, Gᵀ], [G, Z]], and where Z < μ this is at most [[Θ, Gᵀ], [G, μ]], whose eigenvalues but μ are
+    those of [[Θ, Rᵀ], [R, μ]] with G = Q R. That Z < μ < θ_rank is proved by a Cholesky factor of μ − Z; infinite where there
+    is none.
+    Source: Weyl's monotonicity and Ky Fan's sum (Horn and Johnson, Matrix Analysis, chapter 4).
     """
     theta = float(values[rank - 1])
     mu = (theta + float(values[-1])) / 2
-    gap = theta - mu - noise
-    if not gap > noise:
+    if not theta - mu > noise:
         return float("inf")
     scales = values.to(matrix.dtype)
     g = w - z * scales
@@ -132,5 +131,6 @@ def _most(matrix: Tensor, values: Tensor, z: Tensor, w: Tensor, rank: int, noise
     rest.neg_().diagonal().add_(mu)
     if int(torch.linalg.cholesky_ex(rest).info):
         return float("inf")
-    raised = values.diag() + g.double().T @ g.double() / gap
-    return float(torch.linalg.eigvalsh(raised)[-rank:].sum())
+    r = torch.linalg.qr(g.double(), mode="r").R
+    bordered = torch.cat([torch.cat([values.diag(), r.T], dim=1), torch.cat([r, mu * torch.eye(len(r), dtype=torch.float64)], dim=1)])
+    return float(torch.linalg.eigvalsh(bordered)[-rank:].sum())
