@@ -16,7 +16,8 @@ class Bell:
     """Rung from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Taken again by its own thread when a signal's handler rings in the middle of a poll.
+        self._lock = threading.RLock()
         self._waiters: dict[str, set[Waiter]] = {}
         self._conductor = threading.Event()
         self.closed = False
