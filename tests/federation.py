@@ -265,6 +265,15 @@ class Operator(Caller):
         return response
 
 
+async def enrol(admin: Operator, name: str, profile: Profile, labels: Mapping[str, str] | None = None) -> Device:
+    """A new device, invited and enrolled."""
+    invitation = await admin.invite(labels=dict(labels or {}))
+    body = Enrol(name=name, profile=profile)
+    response = await Caller(admin.http, invitation.token).call("POST", "/v1/clients", json=body.model_dump(mode="json"))
+    enrolled = read(response, Enrolled)
+    return Device(admin.http, enrolled.credential, id=enrolled.id, name=name)
+
+
 @dataclass(frozen=True)
 class Federation:
     """One coordinator and those who call it."""
@@ -283,11 +292,7 @@ class Federation:
 
     async def enrol(self, name: str, profile: Profile | None = None, labels: Mapping[str, str] | None = None) -> Device:
         """A new device."""
-        invitation = await self.admin.invite(labels=dict(labels or {}))
-        body = Enrol(name=name, profile=profile or make_profile())
-        response = await Caller(self.http, invitation.token).call("POST", "/v1/clients", json=body.model_dump(mode="json"))
-        enrolled = read(response, Enrolled)
-        device = Device(self.http, enrolled.credential, id=enrolled.id, name=name)
+        device = await enrol(self.admin, name, profile or make_profile(), labels or {})
         self.devices.append(device)
         return device
 
