@@ -81,7 +81,7 @@ class Demonstration:
                 plan = self._plan(model, departments)
             with watch.part("enrolment", f"enrolling and starting {len(departments)} agents, each a process of its own"):
                 federation.start_agents(children, links, coordinator, departments, plan, self.out / "departments")
-            with watch.part("federation", f"{plan.rounds} rounds, after {self.out / 'plan.toml'}"):
+            with watch.part("federation", f"training, merging and measuring, as {self.out / 'plan.toml'} says"):
                 outcome = federation.carry_out(children, coordinator, plan, self.console)
             with watch.part("trial", "pulling the adapter and trying it with PEFT on all held-out rows"):
                 trial = self._trial(children, coordinator, outcome, departments)

@@ -178,7 +178,7 @@ def _outcome(report: Report) -> Text:
     return Text.assemble(
         ("Held-out accuracy ", ""),
         (f"{words.share(report.accuracies[0])} → {words.share(report.accuracies[-1])}", "bold green"),
-        f" after {run.round} rounds; the best single guess gets {words.share(report.majority)}.\n",
+        f" after round {run.round}; the best single guess gets {words.share(report.majority)}.\n",
         f"The pulled adapter in PEFT: {words.share(trial.accuracy)} at rank {run.plan.global_rank}, "
         f"{words.share(trial.accuracy_own_rank)} at the departments' own ranks.\n",
         f"{words.size(run.bytes_up)} up, {words.size(run.bytes_down)} down, {words.duration(report.seconds['whole'])} in all.",

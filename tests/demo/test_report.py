@@ -120,7 +120,7 @@ def test_the_tables_tell_rounds_clients_predictions_and_the_outcome(found: Repor
     assert "25 %" in told
     assert "its 10 examples" in told
     assert "a text a text" in told
-    assert "25 % → 75 % after 2 rounds; the best single guess gets 62.5 %" in told
+    assert "25 % → 75 % after round 2; the best single guess gets 62.5 %" in told
     assert "80 % at rank 16, 75 % at the departments' own ranks" in told
 
 
