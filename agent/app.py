@@ -15,10 +15,8 @@ from pydantic import SecretStr
 from agent import data, identity, machine, policy
 from agent.client import PATIENT, Client, Retry
 from agent.identity import Identity
-from agent.loop import Loop
 from agent.policy import Policy
 from agent.settings import Settings
-from agent.training import Trainer
 from protocol import errors
 from protocol.messages import Dataset, Enrol, Profile
 
@@ -73,6 +71,10 @@ async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Id
 
 async def run(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT; the job in hand is then given back. Raises what asking again cannot mend."""
+    # Model libraries take seconds to import; enrolling and looking around need none.
+    from agent.loop import Loop
+    from agent.training import Trainer
+
     home = settings.folder
     who, allowed = identity.load(home), policy.load(home)
     async with connect(settings, who.url, SecretStr(who.credential)) as client:
