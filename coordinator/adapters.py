@@ -1,9 +1,9 @@
 """Published adapters as PEFT folders: configuration, tensors under PEFT's names, and a model card.
 
-The canonical form is exported: one rank r for all modules and alpha = r, so that the scale is 1 and every loader agrees on
-it. The cut to a rank is the first r columns of b and rows of a, because the global adapter's directions are in falling
-order; where it has fewer than r, zeros follow, which change nothing. So a folder computes what a device computes with
-the slice of that rank.
+The canonical form is exported: one rank r for all modules, or one for each where a share of the energy is asked for, and
+alpha = r, so that the scale is 1 and every loader agrees on it. The cut to a rank is the first r columns of b and rows of a,
+because the global adapter's directions are in falling order; where it has fewer than r, zeros follow, which change nothing.
+So a folder of one rank computes what a device computes with the slice of that rank.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class Facts:
     metrics: Mapping[str, float]  # of the published adapter, weighted means over clients
 
 
-def files(plan: Plan, facts: Facts, adapter: bytes, rank: int) -> dict[str, bytes]:
+def files(plan: Plan, facts: Facts, adapter: bytes, rank: int, kept: float | None = None) -> dict[str, bytes]:
     """The PEFT folder of a global adapter (a slice file of scale 1) at a rank: file name → bytes, the same for the same input.
 
+    With `kept`, each module has the smallest rank up to `rank` that holds this share of its ‖b a‖²_F.
     Raises InvalidPlan if the plan was never resolved, MismatchedSlice if the bytes are not the plan's adapter.
     """
     if plan.layout is None:
@@ -47,11 +48,19 @@ def files(plan: Plan, facts: Facts, adapter: bytes, rank: int) -> dict[str, byte
         raise errors.MismatchedSlice(
             f"these bytes are not the global adapter of plan {plan.name!r}: other tensors, or a scale that is not 1"
         )
+    ranks = {module: rank if kept is None else min(rank, _smallest(factors, kept)) for module, factors in whole.factors.items()}
     return {
-        "README.md": card(plan, facts, rank).encode(),
-        "adapter_config.json": (json.dumps(config(plan, plan.layout, rank), indent=2, sort_keys=True) + "\n").encode(),
-        "adapter_model.safetensors": safetensors.torch.save(tensors(whole, rank), metadata={"format": "pt"}),
+        "README.md": card(plan, facts, max(ranks.values())).encode(),
+        "adapter_config.json": (json.dumps(config(plan, plan.layout, ranks), indent=2, sort_keys=True) + "\n").encode(),
+        "adapter_model.safetensors": safetensors.torch.save(tensors(whole, ranks), metadata={"format": "pt"}),
     }
+
+
+def _smallest(factors: Factors, kept: float) -> int:
+    """The smallest rank that holds this share of ‖b a‖²_F, at least 1: with b = U√S and a = √S Vᵀ, sᵢ = ‖bᵢ‖ ‖aᵢ‖."""
+    energies = factors.b.double().square().sum(dim=0) * factors.a.double().square().sum(dim=1)
+    held = energies.cumsum(dim=0)
+    return 1 + int((held[:-1] < kept * held[-1]).sum())
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
@@ -66,38 +75,41 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def tensors(whole: Slice, rank: int) -> dict[str, Tensor]:
+def tensors(whole: Slice, ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """The tensors of a PEFT file: lora_A (rank, n_in) and lora_B (n_out, rank) of each module, and the fully trained ones."""
     named: dict[str, Tensor] = {}
     for module, factors in whole.factors.items():
+        rank = ranks[module]
         part = pad(Factors(b=factors.b[:, :rank].contiguous(), a=factors.a[:rank].contiguous()), rank)
         named[f"{PREFIX}{module}.lora_A.weight"] = part.a
         named[f"{PREFIX}{module}.lora_B.weight"] = part.b
     return named | {PREFIX + name: tensor for name, tensor in whole.full.items()}
 
 
-def config(plan: Plan, layout: Layout, rank: int) -> dict[str, object]:
-    """PEFT's adapter_config.json.
+def config(plan: Plan, layout: Layout, ranks: Mapping[str, int]) -> dict[str, object]:
+    """PEFT's adapter_config.json, for one rank per module; those below the largest stand in its patterns.
 
     Modules stand under their full names. PEFT adapts a module whose name is one of them, or ends with one of them after a
     dot; so exactly these, unless one module's full name is the end of another's.
     """
+    largest = max(ranks.values())
+    smaller = {module: rank for module, rank in ranks.items() if rank < largest}
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if isinstance(plan.task, SequenceClassification) else "CAUSAL_LM",
         "base_model_name_or_path": plan.model.id,
         "revision": plan.model.revision,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
+        "r": largest,
+        "lora_alpha": largest,
         "lora_dropout": plan.adapter.dropout,
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
         "target_modules": list(layout.modules),
         "modules_to_save": heads(layout) or None,
     }

@@ -105,6 +105,10 @@ def show_round(
 
 AtRound = Annotated[int | None, Query(ge=0, le=10**6, description="by default the newest published round")]
 AtRank = Annotated[int | None, Query(ge=1, le=LARGEST_RANK, description="by default the rank of the global adapter")]
+AtShare = Annotated[
+    float | None,
+    Query(gt=0, le=1, description="for each module the smallest rank that holds this share of its energy; by default one rank for all"),
+]
 
 
 @reading.get(
@@ -118,9 +122,9 @@ AtRank = Annotated[int | None, Query(ge=1, le=LARGEST_RANK, description="by defa
         **documented(*COMMON, errors.NotFound),
     },
 )
-def get_adapter(run: Id, parts: Parts, round: AtRound = None, rank: AtRank = None) -> Response:
-    """A published adapter as a complete PEFT folder, cut to a rank."""
-    files = _adapter(parts, run, round, rank)
+def get_adapter(run: Id, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None) -> Response:
+    """A published adapter as a complete PEFT folder, cut to a rank, or for each module to a share of its energy."""
+    files = _adapter(parts, run, round, rank, kept)
     return Response(
         adapters.archive(files), media_type="application/zip", headers={"Content-Disposition": 'attachment; filename="adapter.zip"'}
     )
@@ -134,15 +138,15 @@ def get_adapter(run: Id, parts: Parts, round: AtRound = None, rank: AtRank = Non
         **documented(*COMMON, errors.NotFound),
     },
 )
-def get_adapter_file(run: Id, file: str, parts: Parts, round: AtRound = None, rank: AtRank = None) -> Response:
+def get_adapter_file(run: Id, file: str, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None) -> Response:
     """One file of the PEFT folder."""
-    files = _adapter(parts, run, round, rank)
+    files = _adapter(parts, run, round, rank, kept)
     if file not in files:
         raise errors.NotFound(f"the adapter's folder has no such file; it has {', '.join(sorted(files))}")
     return Response(files[file], media_type="application/octet-stream")
 
 
-def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None) -> dict[str, bytes]:
+def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None, kept: float | None) -> dict[str, bytes]:
     with parts.database.read() as session:
         run = runs.get(session, run_id)
         row = published.round_of(session, run.id, number)
@@ -153,7 +157,7 @@ def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None) 
             raise errors.NotFound(f"the adapter has rank {plan.global_rank}; rank {rank} is more")
         facts = adapters.Facts(run=run.name, round=row.number, metrics=reports.round_view(session, run, row.number, row.attempt).metrics)
         digest = row.adapter
-    return adapters.files(plan, facts, parts.blobs.read(digest), rank or plan.global_rank)
+    return adapters.files(plan, facts, parts.blobs.read(digest), rank or plan.global_rank, kept)
 
 
 @reading.get("/strategies", responses=documented(*COMMON))

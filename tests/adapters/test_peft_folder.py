@@ -131,6 +131,28 @@ def test_the_folder_loads_in_peft_and_computes_the_product_of_the_leading_direct
     assert not torch.allclose(found, logits(base_of(plan)), atol=1e-2)
 
 
+@pytest.mark.parametrize("kept", [0.3, 0.6, 1.0])
+def test_each_module_has_the_smallest_rank_that_holds_the_share_asked_for(plan: Plan, kept: float, tmp_path: Path) -> None:
+    whole, layout = make_adapter(plan), layout_of(plan)
+    first = next(iter(layout.modules))
+    whole.factors[first].b[:, 1:] *= 1e-3  # one module of nearly one direction
+    files = adapters.files(plan, FACTS, pack(whole, layout, Dtype.float32), CAP, kept)
+    model = loaded(plan, files, tmp_path)
+    ranks = {}
+    for name, factors in whole.factors.items():
+        layer = model.base_model.model.get_submodule(name)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        ranks[name] = len(a)
+        assert layer.scaling["default"] == 1
+        assert torch.equal(a, factors.a[: len(a)])
+        assert torch.equal(b, factors.b[:, : len(a)])
+        s = torch.linalg.svdvals(factors.b.double() @ factors.a.double()).square()[:CAP]
+        assert s[: len(a)].sum() >= (kept - 1e-6) * s.sum()
+        assert len(a) == 1 or s[: len(a) - 1].sum() < kept * s.sum()
+    assert ranks[first] == 1 or kept == 1
+    assert max(ranks.values()) == json.loads(files["adapter_config.json"])["r"]
+
+
 @pytest.mark.parametrize("directions", [3, CAP])
 def test_it_computes_what_the_slice_of_that_rank_computes(plan: Plan, directions: int, tmp_path: Path) -> None:
     adapter, rank, scale = make_adapter(plan, directions), 4, 2.0
