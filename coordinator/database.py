@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
+
+from protocol import errors
 
 Clock = Callable[[Session], datetime]
 
@@ -31,18 +34,26 @@ def database_clock(session: Session) -> datetime:
 
 
 def open_engine(url: str) -> Engine:
-    """An engine for SQLite (a file, write-ahead log) or PostgreSQL (psycopg 3)."""
-    parsed = make_url(url)
-    if parsed.drivername in ("postgresql", "postgres"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
+    """An engine for SQLite (a file, write-ahead log) or PostgreSQL (psycopg 3). Raises InvalidRequest for any other URL."""
+    parsed = _parsed(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, pool_size=20, max_overflow=20)
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=20, max_overflow=20)
+    Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=20, max_overflow=30)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _parsed(url: str) -> URL:
+    with suppress(ArgumentError):
+        parsed = make_url(url)
+        if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+            return parsed
+        if parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
+            return parsed
+    # The URL is not repeated: it may hold a password.
+    raise errors.InvalidRequest("a database is sqlite:///FILE or postgresql://USER@HOST/NAME; this URL is neither")
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

@@ -1,0 +1,101 @@
+"""The coordinator's own command, without the server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from coordinator import schema
+from coordinator.__main__ import app
+from coordinator.app import build
+from coordinator.database import open_engine
+from coordinator.settings import Settings
+from protocol import errors
+from tests.federation import Operator, open_federation
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    environment = {"PATH": "", "HLORA_COORDINATOR_DATA": str(folder)} | {f"HLORA_COORDINATOR_{k}": v for k, v in settings.items()}
+    return subprocess.run([sys.executable, "-m", "coordinator", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def call(folder: Path, *words: str) -> str:
+    """What the command prints when all is well."""
+    result = CliRunner().invoke(app, words, env={"HLORA_COORDINATOR_DATA": str(folder)})
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+async def test_a_token_is_printed_once_and_works_beside_a_running_coordinator(tmp_path: Path) -> None:
+    secret = call(tmp_path, "token", "ops")
+    made = json.loads(call(tmp_path, "token", "wall", "--role", "viewer", "--json"))
+
+    async with open_federation(f"sqlite:///{tmp_path}/hlora.sqlite", tmp_path) as federation:
+        later = call(tmp_path, "token", "later")
+        for token in (secret, later):
+            assert (await Operator(federation.http, token).call("POST", "/v1/enrolments", json={})).status_code == 201
+        assert (made["name"], made["role"], made["revoked"]) == ("wall", "viewer", False)
+        assert (await Operator(federation.http, made["token"]).call("POST", "/v1/enrolments", json={})).status_code == 403
+
+
+def test_migrating_makes_the_database_current_and_says_its_revision(tmp_path: Path) -> None:
+    revision = call(tmp_path / "new" / "folder", "migrate")
+
+    assert call(tmp_path / "new" / "folder", "migrate") == revision
+    assert schema.is_current(f"sqlite:///{tmp_path}/new/folder/hlora.sqlite")
+
+
+def test_an_empty_database_is_not_current(tmp_path: Path) -> None:
+    assert not schema.is_current(f"sqlite:///{tmp_path}/empty.sqlite")
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def test_several_may_migrate_at_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = f"sqlite:///{tmp_path}/a.sqlite" if kind == "sqlite" else request.getfixturevalue("empty_postgres_url")
+
+    with ThreadPoolExecutor(6) as pool:
+        revisions = set(pool.map(schema.migrate, [url] * 6))
+
+    assert len(revisions) == 1
+    assert schema.is_current(url)
+
+
+def test_a_refusal_of_the_command_is_one_line_and_exit_code_one(tmp_path: Path) -> None:
+    done = run(tmp_path, "token", "../etc")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("The request is not what this route takes: the name:")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("setting", "value"), [("PORT", "x"), ("PORT", "70000"), ("TICK_SECONDS", "0"), ("REJECTIONS", "0")])
+def test_a_wrong_setting_is_named_as_the_environment_names_it(tmp_path: Path, setting: str, value: str) -> None:
+    done = run(tmp_path, "migrate", **{setting: value})
+
+    assert done.returncode == 1
+    assert f"HLORA_COORDINATOR_{setting}: " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+WRONG = ["sqlite://", "sqlite:///:memory:", "mysql://localhost/x", "nonsense", "", "oracle://x", "postgresql+asyncpg://x/y"]
+
+
+@pytest.mark.parametrize("url", WRONG)
+def test_a_database_that_cannot_be_used_is_refused_with_those_that_can(url: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"sqlite:///FILE or postgresql://"):
+        open_engine(url)
+
+
+@pytest.mark.parametrize("change", [{"executor": "magic://2"}, {"blobs_url": "ftp://x"}, {"executor": "threads://0"}])
+def test_parts_that_do_not_exist_are_refused_before_anything_starts(tmp_path: Path, change: dict[str, str]) -> None:
+    with pytest.raises(errors.InvalidRequest):
+        build(Settings(data=tmp_path, **change))  # type: ignore[arg-type]
