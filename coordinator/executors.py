@@ -1,6 +1,7 @@
 """Where merge tasks run: an executor is a URL.
 
     threads://N       N threads of this process        processes://N       N processes of their own
+    dask://HOST:PORT  the workers of a dask scheduler
 
 Without N there are as many as cores. Every worker gives torch one thread: more threads per task are slower than more
 tasks, and with one a result repeats bit for bit.
@@ -12,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 
 import torch
@@ -22,12 +24,17 @@ LARGEST = 1024  # workers of one machine; more is a slip of the keyboard
 
 
 def open_executor(url: str) -> Executor:
-    """The executor at a URL; shut it down when done. Raises InvalidRequest for a URL that names none."""
+    """The executor at a URL; shut it down when done.
+
+    Raises InvalidRequest for a URL that names none, Unavailable for a cluster that does not answer.
+    """
+    if cluster := re.fullmatch("dask://([^/:]+:[0-9]{1,5})", url):
+        return _cluster(cluster[1])
     found = re.fullmatch("([a-z]+)://([0-9]{0,4})", url)
     kind, workers = (found[1], int(found[2] or os.cpu_count() or 1)) if found else ("", 0)
     if kind not in _KINDS or not 1 <= workers <= LARGEST:
         kinds = " or ".join(f"{kind}://N" for kind in _KINDS)
-        raise errors.InvalidRequest(f"an executor is {kinds} with N from 1 to {LARGEST}; {url!r} came")
+        raise errors.InvalidRequest(f"an executor is {kinds} with N from 1 to {LARGEST}, or dask://HOST:PORT; {url!r} came")
     return _KINDS[kind](workers)
 
 
@@ -38,6 +45,14 @@ def _threads(workers: int) -> Executor:
 def _processes(workers: int) -> Executor:
     # Spawned: a process forked after torch has run hangs.
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+
+
+def _cluster(address: str) -> Executor:
+    if find_spec("distributed") is None:
+        raise errors.InvalidRequest("dask:// needs the package distributed: pip install 'hlora[cluster]', here and on the workers")
+    from coordinator.cluster import Cluster  # an extra, and slow to import
+
+    return Cluster(address)
 
 
 def _one_thread() -> None:
