@@ -19,6 +19,7 @@ from protocol import errors
 from protocol.slices import Factors
 
 BLOCK = 512  # directions that are folded into a dense sum at a time
+LARGE = 1 << 30  # multiplications from which a dense sum's blocks are multiplied in float32, and added up in float64
 NARROW = 128  # a stack up to here is done exactly before anything else has begun
 ADVANTAGE = 1.5
 NOISE = 2e-8  # of an energy that is summed from float32 Gram matrices, relative; measured: below 1e-8
@@ -183,26 +184,41 @@ def _orthonormal(y: Tensor) -> Tensor:
 
 
 def folded(w: Sum, rank: int) -> Singular:
-    """Singular triplets of the dense sum, from the Gram matrix of its smaller side; one block of terms in memory."""
+    """Singular triplets of the dense sum, from the Gram matrix of its smaller side; one block of terms in memory.
+
+    Blocks of large sums are multiplied in float32: what that adds to the error is some 10⁻⁸ of ‖W‖, as rounding the result does.
+    """
     dense = torch.zeros(w.shape, dtype=torch.float64)
+    large = w.rank * w.shape[0] * w.shape[1] >= LARGE
     floor = 0.0
     block: list[tuple[Tensor, Tensor]] = []
     for number, term in enumerate(w.terms, start=1):
         part, c = term.load(w.shape), term.weights()
         b, a = part.b.double() * c, part.a.double()
-        floor += finite(float((b.square().sum(dim=0) * a.square().sum(dim=1)).sum()))
+        own = finite(float((b.square().sum(dim=0) * a.square().sum(dim=1)).sum()))
+        floor += own
+        large = large and FLOAT32_SQUARES[0] < own < FLOAT32_SQUARES[1]
         block.append((b, a))
         if number == len(w.terms) or sum(len(a) for _, a in block) >= BLOCK:
-            dense.addmm_(torch.cat([b for b, _ in block], dim=1), torch.cat([a for _, a in block], dim=0))
+            _add(
+                dense, torch.cat([b for b, _ in block], dim=1), torch.cat([a for _, a in block]), torch.float32 if large else torch.float64
+            )
             block.clear()
     wide = w.shape[0] <= w.shape[1]
     side = dense if wide else dense.T  # its rows are the smaller side
-    inner = side @ side.T
-    found = _leading(inner, rank, floor)
+    found = _leading(spectrum.gram([side], torch.float64), rank, floor)
     v = found.vectors
     other = (v / found.values.sqrt()).T @ side
     u, vt = (v, other) if wide else (other.T, v.T)
     return Singular(u, found.values, vt, float(dense.square().sum()), found.most)
+
+
+def _add(dense: Tensor, b: Tensor, a: Tensor, dtype: torch.dtype) -> None:
+    """dense += b a, multiplied in that dtype, some rows at a time."""
+    right = a.to(dtype)
+    for start in range(0, len(b), BLOCK):
+        rows = slice(start, start + BLOCK)
+        dense[rows] += b[rows].to(dtype) @ right
 
 
 def _leading(gram: Tensor, rank: int, floor: float) -> spectrum.Leading:

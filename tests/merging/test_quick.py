@@ -112,6 +112,20 @@ def test_many_terms_are_folded_and_few_directions_are_followed_with_a_proof() ->
     assert truncate(flat, 3).kept(3) == pytest.approx(3 / 160)
 
 
+def test_large_sums_are_multiplied_in_float32_and_stay_as_exact_as_their_result() -> None:
+    w = decaying((1024, 1024), [64] * 17, seed=9)
+    assert w.rank * 1024**2 >= truncation.LARGE
+    found, whole = truncate(w, 8), dense(w)
+    total = float(whole.square().sum())
+    least = total - float(torch.linalg.eigvalsh(whole @ whole.T)[-8:].sum())
+    missed = float((whole - found.b.double() @ found.a.double()).square().sum())
+    assert missed**0.5 <= (HAIR * least) ** 0.5
+    assert (1 - found.kept(8)) * found.total == pytest.approx(missed, rel=1e-6)
+    assert found.total == pytest.approx(total, rel=1e-7)
+    tiny = Sum(w.shape, [Term(t.factors, 1e-20) for t in w.terms])
+    assert truncate(tiny, 8).total == pytest.approx(1e-40 * total, rel=1e-9)
+
+
 def test_slices_that_are_the_adapters_own_directions_cost_no_directions_of_their_own() -> None:
     round = make_round((40, 36), [Client(rank, 1.0, 1.0, 10 * rank) for rank in (1, 2, 4)])
     w = check(Choice(name="delta")).combine(round)
