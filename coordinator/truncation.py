@@ -152,9 +152,11 @@ def quick(stack: Stack, rank: int) -> Singular | None:
     of the largest, nor energies below NOISE of the whole: what needs more is left to the exact method.
     """
     b = torch.cat([part.b.float() for part in stack.parts], dim=1)
-    # With the weights in it: rounded once per number, and not once for all of a direction's.
-    shares = stack.c.split_with_sizes([part.rank for part in stack.parts])
-    a = torch.cat([(c[:, None] * part.a).float() for part, c in zip(stack.parts, shares, strict=True)])
+    a = torch.cat([part.a.float() for part in stack.parts])
+    high = stack.c.float()
+    low = (stack.c - high).float()
+    # In two parts: a weight that is rounded once for all of a direction's numbers shifts every energy the same way.
+    a = (a * high[:, None]).addcmul_(a, low[:, None])
     gram_a, gram_b = spectrum.gram([a], torch.float32), spectrum.gram([b.T], torch.float32)
     own = torch.stack([gram_a.diagonal(), gram_b.diagonal()]).double()
     if not bool(((own > FLOAT32_SQUARES[0]) & (own < FLOAT32_SQUARES[1])).all()) or (root := spectrum.cholesky(gram_a, LIFT)) is None:
