@@ -58,8 +58,10 @@ def test_what_the_quick_method_leaves_out_is_proved_to_be_near_the_least(
 
 
 def test_the_rule_takes_the_quick_method_where_many_directions_are_stacked_and_few_are_wanted() -> None:
-    assert quicker((1024, 1024), 496, 64)
-    assert quicker((4096, 4096), 496, 64)
+    assert quicker((1024, 1024), 900, 64)
+    assert quicker((4096, 4096), 2500, 64)
+    assert not quicker((1024, 1024), 496, 64)
+    assert not quicker((4096, 4096), 496, 64)
     assert not quicker((4096, 4096), 128, 8)
     assert not quicker((1024, 1024), 200, 128)
 
