@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from rich.console import Group, RenderableType
 
 from admin.command import AsJson, answer, connect, connect_openly, facts, table
-from protocol.messages import Description
+from protocol.views import Description
 
 
 def strategies(ctx: typer.Context, as_json: AsJson = False) -> None:

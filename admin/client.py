@@ -16,7 +16,9 @@ import httpx
 from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 
 from protocol import VERSION, errors
-from protocol.messages import (
+from protocol.messages import Problem
+from protocol.plan import Plan
+from protocol.views import (
     ClientChange,
     ClientChanged,
     ClientView,
@@ -26,7 +28,6 @@ from protocol.messages import (
     EnrolmentView,
     Health,
     Page,
-    Problem,
     RoundSummary,
     RoundView,
     RunDetail,
@@ -35,7 +36,6 @@ from protocol.messages import (
     TokenRequest,
     TokenView,
 )
-from protocol.plan import Plan
 
 T = TypeVar("T")
 Row = TypeVar("Row", bound=BaseModel)

@@ -12,7 +12,8 @@ from admin import words
 from admin.command import AsJson, answer, connect, facts, group, table
 from admin.naming import Which, client_id
 from protocol import errors
-from protocol.messages import ClientChange, ClientState, ClientView
+from protocol.states import ClientState
+from protocol.views import ClientChange, ClientView
 
 app = group("Look after the machines that take part.")
 PAIR = re.compile(r"([^=\s]+)=(.*)")

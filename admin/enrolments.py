@@ -10,7 +10,7 @@ from admin import words
 from admin.clients import changed
 from admin.command import AsJson, answer, connect, group, table
 from admin.naming import find
-from protocol.messages import EnrolmentRequest
+from protocol.views import EnrolmentRequest
 
 app = group("Let machines enrol.")
 

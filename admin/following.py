@@ -11,8 +11,9 @@ from typing import Literal
 
 from admin.client import Client
 from protocol import errors
-from protocol.messages import JobState, JobView, RoundState, RoundSummary, RoundView, RunDetail, RunView
 from protocol.plan import Strict
+from protocol.states import JobState, RoundState
+from protocol.views import JobView, RoundSummary, RoundView, RunDetail, RunView
 
 LIVE = (JobState.queued, JobState.leased)
 PACE = 5  # published rounds from which the time of the next ones is estimated

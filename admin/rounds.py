@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from admin import words
 from admin.command import AsJson, answer, connect, facts, group, table
 from admin.naming import Run, run_id
-from protocol.messages import JobKind, JobView, RoundSummary, RoundView
+from protocol.states import JobKind
+from protocol.views import JobView, RoundSummary, RoundView
 
 app = group("Look at the rounds of a run.")
 

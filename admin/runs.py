@@ -12,7 +12,7 @@ from admin.command import AsJson, answer, connect, facts, group, table
 from admin.naming import Run, run_id
 from admin.plans import PlanFile
 from admin.watch import watch
-from protocol.messages import RunView
+from protocol.views import RunView
 
 app = group("Start runs and follow them.")
 app.command()(watch)

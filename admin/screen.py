@@ -12,7 +12,8 @@ from rich.text import Text
 from admin import words
 from admin.following import LIVE, Change, Snapshot
 from admin.rounds import called, in_order, measured
-from protocol.messages import JobKind, JobState, JobView, RoundState, RoundSummary, RunState, RunView
+from protocol.states import JobKind, JobState, RoundState, RunState
+from protocol.views import JobView, RoundSummary, RunView
 
 ROUNDS = 12  # lines of past rounds on the screen
 STYLES: Mapping[str, str] = {

@@ -11,7 +11,8 @@ from admin import words
 from admin.command import AsJson, answer, connect, group, table
 from admin.naming import find
 from protocol import errors
-from protocol.messages import Role, TokenRequest
+from protocol.states import Role
+from protocol.views import TokenRequest
 
 app = group("Give other operators access, and take it away.")
 

@@ -16,7 +16,7 @@ from admin.following import Change, Snapshot, changes, look
 from admin.naming import Run, run_id
 from admin.screen import line, screen
 from protocol import errors
-from protocol.messages import RunState
+from protocol.states import RunState
 
 EXIT_CODES: Mapping[RunState, int] = {RunState.finished: 0, RunState.failed: 1, RunState.stopped: 1, RunState.paused: 2}
 PATIENCE_SECONDS = 300.0  # how long a coordinator that does not answer is waited for

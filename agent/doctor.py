@@ -17,8 +17,8 @@ from agent.policy import Policy
 from agent.settings import Settings
 from modelling import checkpoint
 from protocol import errors
-from protocol.messages import ClientState
 from protocol.plan import Model
+from protocol.states import ClientState
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from agent.policy import Policy
 from modelling import adapters, base
 from modelling.adapters import Adapted
 from protocol import errors, slices
-from protocol.messages import Job, JobKind, Metric, Usage
+from protocol.messages import Job, Metric, Usage
 from protocol.plan import Dtype
 from protocol.slices import Label, Slice
+from protocol.states import JobKind
 
 NARROW = 256  # width up to which a processor is as quick in float32; measured with blocks of width 64, 256 and 384
 

@@ -25,9 +25,9 @@ from coordinator.executors import open_executor
 from coordinator.merge import Merged, RoundTask, merge_round
 from coordinator.reading import open_slice
 from coordinator.truncation import Stack
-from protocol.messages import Energy
 from protocol.plan import Dtype
 from protocol.slices import Factors
+from protocol.views import Energy
 
 Seconds = dict[tuple[int, int], float]  # of one decomposition, by shape
 

@@ -10,7 +10,7 @@ import typer
 
 from coordinator.settings import Settings
 from protocol import errors
-from protocol.messages import Role
+from protocol.states import Role
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -54,7 +54,7 @@ def token(
 
     from coordinator import access, schema
     from coordinator.database import Database
-    from protocol.messages import TokenRequest
+    from protocol.views import TokenRequest
 
     settings = _settings()
     schema.migrate(settings.database)

@@ -19,7 +19,8 @@ from sqlalchemy.orm import Session
 from coordinator import paging
 from coordinator.tables import Client, Enrolment, Token
 from protocol import errors
-from protocol.messages import ClientState, Page, Role, TokenMade, TokenRequest, TokenView
+from protocol.states import ClientState, Role
+from protocol.views import Page, TokenMade, TokenRequest, TokenView
 
 
 class Kind(StrEnum):

@@ -20,9 +20,10 @@ from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
 from protocol import errors
 from protocol.checks import check_finite
-from protocol.messages import BlobRef, Energy
+from protocol.messages import BlobRef
 from protocol.plan import Dtype, Layout, Plan
 from protocol.slices import TORCH_DTYPES, Factors, Label, head, numbers
+from protocol.views import Energy
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,9 @@ from sqlalchemy.orm import Session
 from coordinator import access, events, paging
 from coordinator.tables import Client, Enrolment, Job
 from protocol import errors
-from protocol.messages import (
-    ClientChange,
-    ClientChanged,
-    ClientSelf,
-    ClientState,
-    ClientView,
-    Enrol,
-    Enrolled,
-    EnrolmentMade,
-    EnrolmentRequest,
-    EnrolmentView,
-    JobKind,
-    Page,
-    Profile,
-    RankView,
-)
+from protocol.messages import ClientSelf, Enrol, Enrolled, Profile
+from protocol.states import ClientState, JobKind
+from protocol.views import ClientChange, ClientChanged, ClientView, EnrolmentMade, EnrolmentRequest, EnrolmentView, Page, RankView
 
 SEEN_EVERY = timedelta(seconds=5)  # a poll that comes sooner after the last does not write
 

@@ -12,8 +12,10 @@ from sqlalchemy.orm import Session
 
 from coordinator import clients, ranks
 from coordinator.tables import Client, Job, Round
-from protocol.messages import JobKind, JobState, Profile, RankView, Usage
+from protocol.messages import Profile, Usage
 from protocol.plan import Plan, SequenceClassification
+from protocol.states import JobKind, JobState
+from protocol.views import RankView
 
 History = tuple[int | None, ranks.Measured | None]  # the last rank, and what the last accepted training job measured
 NEW: History = (None, None)

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coordinator import tables
-from protocol.messages import Event
+from protocol.views import Event
 
 log = structlog.get_logger()
 

@@ -12,8 +12,10 @@ from sqlalchemy.orm import Session
 from coordinator import access, cohort, events, published
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
-from protocol.messages import BlobRef, ClientState, JobKind, JobState, RankView
+from protocol.messages import BlobRef
 from protocol.plan import Plan
+from protocol.states import ClientState, JobKind, JobState
+from protocol.views import RankView
 
 GONE = (JobState.expired, JobState.released)
 

@@ -7,9 +7,9 @@ import torch
 from coordinator.assembly import Assembly, Merged, layout_of, module_piece, tensor_piece
 from coordinator.blobs import Blobs
 from coordinator.fresh import fresh_tensor
-from protocol.messages import Energy
 from protocol.plan import Plan
 from protocol.slices import Factors
+from protocol.views import Energy
 
 
 def first_adapter(plan: Plan, blobs: Blobs) -> Merged:

@@ -25,9 +25,10 @@ from coordinator import clients, events
 from coordinator.tables import Client, Job, Round, Run
 from protocol import errors, messages
 from protocol.checks import Expected
-from protocol.messages import JobKind, JobState, Progress, Renewal, Result, RunState, Verdict
+from protocol.messages import Progress, Renewal, Result, Verdict
 from protocol.plan import Plan
 from protocol.slices import largest_length
+from protocol.states import ClientState, JobKind, JobState, RunState
 
 ACTIVE = (JobState.queued, JobState.leased)
 FETCHES = 100  # a client that says it fetched its slice more often is not believed: views add these bytes up
@@ -51,7 +52,7 @@ def seed(plan: Plan, round: int, client: str, kind: str) -> int:
 def next_for(session: Session, client_id: str, now: datetime) -> messages.Job | None:
     """Give the client its next job under a fresh lease; the one it holds already, if its last answer was lost."""
     client = clients.get(session, client_id)
-    if client.state != messages.ClientState.active:
+    if client.state != ClientState.active:
         return None
     query = (
         select(Job, Round, Run)

@@ -24,8 +24,8 @@ from coordinator.initial import first_adapter
 from coordinator.lowrank import truncate
 from coordinator.reading import SliceReader, StoredFactors, open_slice
 from protocol import errors
-from protocol.messages import Energy
 from protocol.plan import Plan
+from protocol.views import Energy
 
 __all__ = ["Input", "Merged", "ModuleTask", "RoundTask", "first_adapter", "merge_module", "merge_round", "merge_tensor"]
 

@@ -14,7 +14,7 @@ from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from protocol import errors
-from protocol.messages import Page
+from protocol.views import Page
 
 Row = TypeVar("Row")
 View = TypeVar("View")

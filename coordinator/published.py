@@ -6,7 +6,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.tables import PublishedSlice, Round
-from protocol.messages import BlobRef, RoundState
+from protocol.messages import BlobRef
+from protocol.states import RoundState
 
 
 def round_of(session: Session, run_id: str, number: int | None = None) -> Round | None:

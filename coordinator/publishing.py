@@ -18,8 +18,8 @@ from coordinator.assembly import Merged
 from coordinator.jobs import plan_of
 from coordinator.merge import Input, RoundTask
 from coordinator.tables import Job, PublishedSlice, Round, Run
-from protocol.messages import JobState, RoundState, RunState
 from protocol.plan import NormBound, Plan
+from protocol.states import JobState, RoundState, RunState
 
 CLAIM = timedelta(seconds=30)
 CLAIMS = 3  # a round whose merging failed so often fails its run

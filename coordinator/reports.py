@@ -13,25 +13,10 @@ from coordinator import published
 from coordinator.jobs import plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import errors
-from protocol.messages import (
-    BlobRef,
-    Energy,
-    JobKind,
-    JobState,
-    JobView,
-    Metric,
-    Page,
-    Progress,
-    RankView,
-    Result,
-    RoundState,
-    RoundSummary,
-    RoundView,
-    RunDetail,
-    RunState,
-    RunView,
-)
+from protocol.messages import BlobRef, Metric, Progress, Result
 from protocol.plan import CausalLM
+from protocol.states import JobKind, JobState, RoundState, RunState
+from protocol.views import Energy, JobView, Page, RankView, RoundSummary, RoundView, RunDetail, RunView
 
 
 def run_view(session: Session, run: Run) -> RunView:

@@ -21,8 +21,8 @@ from sqlalchemy.orm import Session
 from coordinator import clients, cohort, events, handout
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
-from protocol.messages import JobKind, JobState, RoundState, RunState
 from protocol.plan import Plan
+from protocol.states import JobKind, JobState, RoundState, RunState
 
 
 def begin(session: Session, run: Run, now: datetime) -> None:

@@ -12,8 +12,8 @@ from coordinator import access, aggregation, events, handout, ranks, rounds
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Job, Round, Run
 from protocol import errors
-from protocol.messages import JobState, RoundState, RunState
 from protocol.plan import Plan
+from protocol.states import JobState, RoundState, RunState
 
 ENDED = (RunState.finished, RunState.stopped, RunState.failed)
 

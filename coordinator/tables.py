@@ -10,7 +10,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from protocol.messages import ClientState, JobKind, JobState, Role, RoundState, RunState
+from protocol.states import ClientState, JobKind, JobState, Role, RoundState, RunState
 
 
 class Utc(TypeDecorator[datetime]):

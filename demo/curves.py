@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from demo.report import Report, ranks
-from protocol.messages import RankView
+from protocol.views import RankView
 
 INK, GREY, FAINT = "#1c2330", "#6b7280", "#e5e7eb"
 CURVE, BASE = "#0b6e4f", "#b45309"

@@ -19,8 +19,9 @@ from demo.link import slow_link
 from demo.machines import MACHINES, Machine, link_speed, write_policy
 from demo.processes import Child, Processes
 from protocol import errors
-from protocol.messages import EnrolmentRequest, RoundState, RoundView, RunDetail, RunState
 from protocol.plan import Plan
+from protocol.states import RoundState, RunState
+from protocol.views import EnrolmentRequest, RoundView, RunDetail
 
 ENROLMENT_SECONDS = 600.0
 LOOK_SECONDS = 1.0

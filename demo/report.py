@@ -17,7 +17,8 @@ from admin import words
 from demo.departments import Department, majority
 from demo.federation import Outcome
 from demo.trial import Trial
-from protocol.messages import JobKind, JobView, RankView, RoundView
+from protocol.states import JobKind
+from protocol.views import JobView, RankView, RoundView
 
 METRIC = "accuracy"
 

@@ -23,8 +23,10 @@ from agent.training import Train, Trainer
 from coordinator import access, app, schema
 from coordinator.context import Context
 from coordinator.settings import Settings
-from protocol.messages import Enrol, EnrolmentMade, EnrolmentRequest, Role, RoundView, RunDetail, RunState, TokenRequest
+from protocol.messages import Enrol
 from protocol.plan import Plan
+from protocol.states import Role, RunState
+from protocol.views import EnrolmentMade, EnrolmentRequest, RoundView, RunDetail, TokenRequest
 from simulation.device import Device
 
 URL = "http://localhost"  # only a name: no packet leaves the process

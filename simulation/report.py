@@ -8,7 +8,8 @@ import time
 import typer
 
 from protocol import errors
-from protocol.messages import RoundView, RunDetail, RunState
+from protocol.states import RunState
+from protocol.views import RoundView, RunDetail
 from simulation.federation import Federation
 
 

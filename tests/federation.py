@@ -26,15 +26,11 @@ from coordinator.context import Context
 from coordinator.settings import Settings
 from protocol import errors, slices
 from protocol.messages import (
-    ClientView,
     Dataset,
     Enrol,
     Enrolled,
-    EnrolmentMade,
     GiveBack,
     Job,
-    JobKind,
-    JobView,
     Metric,
     Problem,
     Profile,
@@ -42,17 +38,13 @@ from protocol.messages import (
     Renewal,
     Result,
     ResultReceipt,
-    Role,
-    RoundView,
-    RunDetail,
-    RunState,
-    RunView,
     SliceReceipt,
-    TokenRequest,
     Usage,
 )
 from protocol.plan import BaseFacts, Layout, Plan
 from protocol.slices import Factors, Label, Slice
+from protocol.states import JobKind, Role, RunState
+from protocol.views import ClientView, EnrolmentMade, JobView, RoundView, RunDetail, RunView, TokenRequest
 
 M = TypeVar("M", bound=BaseModel)
 JSON = dict[str, Any]

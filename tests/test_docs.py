@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from docs import generate
-from protocol.messages import ClientState, JobState, RoundState, RunState
 from protocol.plan import Plan
+from protocol.states import ClientState, JobState, RoundState, RunState
 from tests.test_packaging import SETTINGS
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel
 
-from protocol.messages import TokenMade
+from protocol.views import TokenMade
 from tests.federation import Federation, make_plan, open_federation, read
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -18,9 +18,10 @@ from importlib.metadata import entry_points
 from pydantic import ValidationError
 
 from protocol import errors
-from protocol.messages import Description, Profile, RankView, Usage
+from protocol.messages import Profile, Usage
 from protocol.plan import Layout, Plan, Ranks, Strict
 from protocol.slices import HEADER_SLACK
+from protocol.views import Description, RankView
 
 ENTRY_POINTS = "hlora.ranks"
 ENTRY_BYTES = 128  # of one tensor in a slice's header, beside its name

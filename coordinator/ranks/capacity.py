@@ -41,8 +41,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from coordinator.ranks import Candidate, Policy, Population, examples, layout, owner_words, slice_bytes
-from protocol.messages import RankView
 from protocol.plan import CausalLM, Dtype, Plan, Share
+from protocol.views import RankView
 
 PROCESS_BYTES = 400_000_000
 

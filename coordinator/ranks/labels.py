@@ -9,8 +9,8 @@ from pydantic import Field
 
 from coordinator.ranks import Candidate, Policy, Population, owner_words
 from protocol import errors
-from protocol.messages import RankView
 from protocol.plan import Plan
+from protocol.views import RankView
 
 
 class Labels(Policy):

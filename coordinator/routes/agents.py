@@ -17,19 +17,7 @@ from coordinator.context import Context
 from coordinator.problems import binary, documented
 from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts
 from protocol import VERSION, errors
-from protocol.messages import (
-    ClientSelf,
-    Enrol,
-    Enrolled,
-    GiveBack,
-    Job,
-    Profile,
-    Progress,
-    Renewal,
-    Result,
-    ResultReceipt,
-    SliceReceipt,
-)
+from protocol.messages import ClientSelf, Enrol, Enrolled, GiveBack, Job, Profile, Progress, Renewal, Result, ResultReceipt, SliceReceipt
 from protocol.plan import Digest
 
 router = APIRouter(prefix="/v1", tags=["agents"])

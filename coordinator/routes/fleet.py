@@ -8,7 +8,7 @@ from coordinator import access, clients
 from coordinator.problems import documented
 from coordinator.routes.requests import ADMINS, COMMON, READERS, Cursor, Id, Limit, Parts
 from protocol import errors
-from protocol.messages import (
+from protocol.views import (
     ClientChange,
     ClientChanged,
     ClientView,

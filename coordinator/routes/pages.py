@@ -18,7 +18,7 @@ from coordinator.problems import documented
 from coordinator.routes.requests import COMMON, READERS, Parts
 from coordinator.tables import Job, Run
 from protocol import VERSION, errors
-from protocol.messages import Event, Health
+from protocol.views import Event, Health
 
 public = APIRouter()
 reading = APIRouter(dependencies=READERS)

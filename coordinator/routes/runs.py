@@ -14,8 +14,8 @@ from coordinator.problems import binary, documented
 from coordinator.routes.requests import ADMINS, COMMON, READERS, Cursor, Id, Limit, Number, Parts
 from coordinator.tables import Run
 from protocol import errors
-from protocol.messages import Description, Page, RoundSummary, RoundView, RunDetail, RunView
 from protocol.plan import LARGEST_RANK, Plan
+from protocol.views import Description, Page, RoundSummary, RoundView, RunDetail, RunView
 
 reading = APIRouter(prefix="/v1", tags=["runs"], dependencies=READERS)
 changing = APIRouter(prefix="/v1", tags=["runs"], dependencies=ADMINS)

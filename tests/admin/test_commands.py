@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from admin.__main__ import app
-from protocol.messages import (
+from protocol.messages import Enrol, Enrolled
+from protocol.plan import Plan
+from protocol.views import (
     ClientView,
     Description,
-    Enrol,
-    Enrolled,
     EnrolmentMade,
     EnrolmentView,
     Health,
@@ -33,7 +33,6 @@ from protocol.messages import (
     TokenMade,
     TokenView,
 )
-from protocol.plan import Plan
 from tests.admin.conftest import Desk
 from tests.federation import Caller, Device, make_plan, make_profile, read
 

@@ -18,7 +18,7 @@ from admin.following import Change, Snapshot, changes, look
 from admin.screen import current_jobs, line, screen
 from admin.watch import PATIENCE_SECONDS, Lines, follow
 from protocol import errors
-from protocol.messages import JobState, RoundState, RunState
+from protocol.states import JobState, RoundState, RunState
 from tests.admin.conftest import Desk
 from tests.federation import make_plan
 

@@ -26,8 +26,9 @@ from agent.training import Outcome, Standing, Tell, Train, Trainer
 from coordinator.tables import Job as JobRow
 from modelling.layout import resolve
 from protocol import errors, slices
-from protocol.messages import Job, JobKind, JobState, Metric, Usage
+from protocol.messages import Job, Metric, Usage
 from protocol.slices import Slice
+from protocol.states import JobKind, JobState
 from tests.agent.work import catalogue
 from tests.federation import Device, Federation, make_plan, make_profile, moved, open_federation
 from tests.modelling.drawn import CLASSES

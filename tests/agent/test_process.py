@@ -15,7 +15,8 @@ import pytest
 import uvicorn
 
 from modelling.layout import resolve
-from protocol.messages import JobState, JobView
+from protocol.states import JobState
+from protocol.views import JobView
 from tests.agent.work import catalogue
 from tests.federation import Federation, make_plan, open_federation
 from tests.modelling.drawn import CLASSES

@@ -19,9 +19,10 @@ from agent.training import Outcome, Standing, Trainer, precision
 from coordinator.adapters import Facts, files
 from protocol import checks, errors, slices
 from protocol.checks import Expected
-from protocol.messages import Job, JobKind
+from protocol.messages import Job
 from protocol.plan import CausalLM, Dtype, Task
 from protocol.slices import Label, Slice
+from protocol.states import JobKind
 from tests.agent.work import ROWS, SCALE, catalogue, make_job, make_start, resolved
 from tests.modelling.drawn import CLASSES, CONTINUE
 

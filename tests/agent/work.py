@@ -10,9 +10,10 @@ from pathlib import Path
 from agent.data import Catalogue, Source
 from modelling.layout import resolve
 from protocol import slices
-from protocol.messages import BlobRef, Job, JobKind, Lease
+from protocol.messages import BlobRef, Job, Lease
 from protocol.plan import Dtype, Plan, Task
 from protocol.slices import Slice, largest_length
+from protocol.states import JobKind
 from tests.modelling.drawn import CLASSES, drawn_slice, tiny_plan
 
 NOON = time(12, 0)

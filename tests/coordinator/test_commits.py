@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.messages import Page, TokenView
+from protocol.views import Page, TokenView
 from tests.federation import Federation
 
 # Every token needs a row that nobody has, and the database looks only when the transaction commits.

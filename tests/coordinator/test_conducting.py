@@ -15,7 +15,8 @@ from sqlalchemy import delete, func, select, update
 
 from coordinator import publishing, runs, tables
 from coordinator.conductor import Conductor
-from protocol.messages import JobKind, JobState, RoundState, RunState, Verdict
+from protocol.messages import Verdict
+from protocol.states import JobKind, JobState, RoundState, RunState
 from tests.federation import Federation, make_plan
 
 

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol import errors
-from protocol.messages import ClientState, ClientView, Enrolled, EnrolmentView, Page, Profile, RunState
+from protocol.messages import Enrolled, Profile
+from protocol.states import ClientState, RunState
+from protocol.views import ClientView, EnrolmentView, Page
 from tests.federation import Caller, Federation, make_plan, make_profile, read, refusal
 
 PROFILE = make_profile().model_dump(mode="json")

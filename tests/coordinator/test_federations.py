@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from protocol.messages import Dataset, JobKind, JobState, Metric, Page, RoundState, RoundSummary, RunState, RunView
+from protocol.messages import Dataset, Metric
+from protocol.states import JobKind, JobState, RoundState, RunState
+from protocol.views import Page, RoundSummary, RunView
 from tests.federation import Federation, make_plan, make_profile, open_federation
 
 FIXED = {"name": "fixed", "ladder": [2, 4], "options": {"rank": 2}}

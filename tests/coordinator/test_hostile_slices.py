@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from coordinator import problems
 from protocol import errors, slices
 from protocol.checks import Expected, check_header
-from protocol.messages import ClientState, JobState, RoundState, RunState
 from protocol.plan import Dtype
 from protocol.slices import Label
+from protocol.states import ClientState, JobState, RoundState, RunState
 from tests.coordinator.hostile import NON_FINITE, Lie, Parts, grown, lies, of_rank, pack, raw
 from tests.federation import LAYOUT, Federation, make_plan, moved
 

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from protocol import errors
-from protocol.messages import Job, JobKind, JobState, Verdict
+from protocol.messages import Job, Verdict
+from protocol.states import JobKind, JobState
 from tests.federation import Device, Federation, make_plan, make_profile, refusal
 
 TIMES = {"lease": 60, "no_progress": 600, "job": 3600, "round": 7200}

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from protocol import errors
-from protocol.messages import EnrolmentView, Page, RoundSummary
+from protocol.views import EnrolmentView, Page, RoundSummary
 from tests.federation import Federation, make_plan, refusal
 
 

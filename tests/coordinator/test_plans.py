@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from protocol import errors
-from protocol.messages import Description, Page, RunState, RunView
 from protocol.plan import Plan
+from protocol.states import RunState
+from protocol.views import Description, Page, RunView
 from tests.federation import LAYOUT, Federation, make_plan, refusal
 
 PLAN: dict[str, Any] = make_plan().model_dump(mode="json")

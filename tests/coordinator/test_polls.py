@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 
 import pytest
 
 from protocol import VERSION, errors
-from protocol.messages import JobKind
+from protocol.states import JobKind
 from tests.federation import Federation, make_plan, refusal
 
 WAIT = 20  # seconds that these polls would wait; a test that waits for them to the end has failed
@@ -139,33 +137,3 @@ async def test_an_agent_that_is_as_new_or_newer_is_served(small: Federation, ver
     device = await small.enrol("device")
 
     assert (await device.call("POST", "/v1/jobs/next", headers={"Hlora-Version": version})).status_code == 204
-
-
-STORM = """
-import asyncio, signal
-from coordinator.bell import Bell
-bell, rung = Bell(), 0
-def ring(*_):
-    global rung
-    rung += 1
-    bell.ring(["client"])
-    bell.ring_conductor()
-    signal.setitimer(signal.ITIMER_REAL, 0.0002)
-async def polls():
-    while rung < 3000:
-        with bell.listen("client") as ear:
-            await ear.rung(0.0)
-signal.signal(signal.SIGALRM, ring)
-signal.setitimer(signal.ITIMER_REAL, 0.0002)
-asyncio.run(polls())
-signal.setitimer(signal.ITIMER_REAL, 0)
-bell.close()
-print("done")
-"""
-
-
-def test_a_signal_that_comes_in_the_middle_of_a_poll_does_not_stop_everything() -> None:
-    """The signal's handler rings the bell in the thread that may just be at it."""
-    done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True, timeout=60)
-
-    assert (done.stdout, done.stderr) == ("done\n", "")

@@ -18,7 +18,9 @@ from sqlalchemy.orm import Session
 
 from coordinator import clients, jobs, rounds, runs, tables
 from protocol import errors
-from protocol.messages import ClientChange, ClientState, Job, JobState, RoundState, RunState
+from protocol.messages import Job
+from protocol.states import ClientState, JobState, RoundState, RunState
+from protocol.views import ClientChange
 from tests.federation import Clock, Federation, make_plan, open_federation
 
 T = TypeVar("T")

@@ -12,7 +12,9 @@ import pytest
 from coordinator.app import build, create_app
 from coordinator.settings import Settings
 from protocol import errors
-from protocol.messages import Enrolled, EnrolmentMade, JobKind, Page, Role, TokenMade, TokenView
+from protocol.messages import Enrolled
+from protocol.states import JobKind, Role
+from protocol.views import EnrolmentMade, Page, TokenMade, TokenView
 from tests.federation import Caller, Federation, make_plan, make_profile, open_federation, read, refusal
 
 NO_ID = f"nothing-{0:016x}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from protocol import errors
-from protocol.messages import JobKind, JobState, Page, RoundState, RoundSummary, RunState, RunView, Verdict
+from protocol.messages import Verdict
+from protocol.states import JobKind, JobState, RoundState, RunState
+from protocol.views import Page, RoundSummary, RunView
 from tests.federation import Federation, make_plan, make_profile
 
 TIMES = {"lease": 60, "no_progress": 600, "job": 3600, "round": 7200}

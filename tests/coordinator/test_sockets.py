@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from protocol import errors
-from protocol.messages import Job, JobState, Role, RunState
+from protocol.messages import Job
+from protocol.states import JobState, Role, RunState
 from tests.coordinator.sockets import Address, serving
 from tests.federation import Device, Operator, enrol, make_plan, make_profile, make_token, refusal
 

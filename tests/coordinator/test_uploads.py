@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from protocol import errors, slices
-from protocol.messages import Job, JobKind, JobState, Result
+from protocol.messages import Job, Result
+from protocol.states import JobKind, JobState
 from tests.federation import Device, Federation, make_plan, refusal, repr_digest
 
 

@@ -12,8 +12,9 @@ from coordinator.ranks import Candidate, Population
 from demo import machines, plan
 from demo.departments import SHARES
 from demo.machines import MACHINES
-from protocol.messages import Dataset, Profile, RankView
+from protocol.messages import Dataset, Profile
 from protocol.plan import BaseFacts, Layout, Plan
+from protocol.views import RankView
 
 # MiniLM's shapes.
 LAYOUT = Layout(

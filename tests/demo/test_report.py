@@ -16,7 +16,9 @@ from demo.departments import Department, Row
 from demo.federation import Outcome
 from demo.report import Report
 from demo.trial import Prediction, Trial
-from protocol.messages import BlobRef, JobKind, JobState, JobView, Metric, RankView, RoundState, RoundView, RunDetail, RunState
+from protocol.messages import BlobRef, Metric
+from protocol.states import JobKind, JobState, RoundState, RunState
+from protocol.views import JobView, RankView, RoundView, RunDetail
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 BLOB = BlobRef(digest="sha256:" + "0" * 64, bytes=100)

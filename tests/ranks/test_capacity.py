@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from coordinator import ranks
 from coordinator.ranks import Candidate, Measured, Population
 from protocol import errors
-from protocol.messages import RankView
 from protocol.plan import CausalLM, Dtype, Plan
+from protocol.views import RankView
 from tests.ranks.small import make_candidate, make_measured, make_plan
 
 EQUALS = Population((80, 80, 80))

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from agent.data import Part
 from modelling.layout import resolve
-from protocol.messages import RoundState, RunState
 from protocol.plan import Plan
+from protocol.states import RoundState, RunState
 from simulation import device
 from simulation.federation import federation
 from tests.tiny import tiny_encoder
