@@ -82,7 +82,9 @@ def _settings() -> Settings:
 def _configure_logs(settings: Settings) -> None:
     import structlog
 
-    last = structlog.processors.JSONRenderer() if settings.log_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    # Plain traces: the prettier ones show every frame's values, and with them callers' secrets.
+    text = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+    last = structlog.processors.JSONRenderer() if settings.log_json else text
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
