@@ -16,8 +16,7 @@ class Bell:
     """Rung from any thread."""
 
     def __init__(self) -> None:
-        # Taken again by its own thread when a signal's handler rings in the middle of a poll.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._waiters: dict[str, set[Waiter]] = {}
         self._conductor = threading.Event()
         self.closed = False
