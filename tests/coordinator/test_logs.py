@@ -1,0 +1,53 @@
+"""Logs tell every change of state, and no secret."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from structlog.testing import capture_logs
+
+from protocol import errors
+from protocol.messages import Enrolled
+from protocol.views import TokenMade
+from tests.federation import Caller, Device, Federation, make_plan, make_profile, read
+
+
+async def test_no_secret_is_logged_in_the_whole_life_of_a_federation(small: Federation) -> None:
+    secrets = [str(small.admin.secret), str(small.viewer.secret)]
+    with capture_logs() as logs:
+        invitation = await small.admin.invite(uses=3)
+        token = read(await small.admin.call("POST", "/v1/tokens", json={"name": "short", "role": "viewer"}), TokenMade)
+        await small.enrol_many(3)
+        rotated = (await small.admin.change_client(small.devices[0], rotate=True)).json()["credential"]
+        small.devices[0] = replace(small.devices[0], secret=rotated)
+        body = {"name": "late", "profile": make_profile().model_dump(mode="json")}
+        late = read(await Caller(small.http, invitation.token).call("POST", "/v1/clients", json=body), Enrolled)
+        small.devices.append(Device(small.http, late.credential, id=late.id, name="late"))
+        run = await small.open(make_plan(rounds=1))
+        await small.play([run])
+        bad = await small.open(make_plan(evaluation={"every": 0}))
+        job = await small.devices[1].next_job()
+        if job is not None:
+            with pytest.raises(errors.MalformedSlice):
+                await small.devices[1].put_slice(job, b"nonsense")
+        await small.admin.change_run(bad, "stop")
+        await small.nobody.call("GET", "/v1/runs", headers={"Authorization": f"Bearer {small.admin.secret}x"})
+        secrets += [invitation.token, token.token, *(str(device.secret) for device in small.devices)]
+
+    told = repr(logs)
+    assert {"client-enrolled", "run-created", "round-opened", "job-submitted", "round-published", "run-finished", "run-stopped"} <= {
+        entry["event"] for entry in logs
+    }
+    assert [secret for secret in secrets if secret in told] == []
+
+
+async def test_the_log_and_the_events_tell_the_same(small: Federation) -> None:
+    with capture_logs() as logs:
+        await small.enrol_many(3)
+        run = await small.open(make_plan(rounds=1, evaluation={"every": 0}))
+        await small.play([run])
+
+    assert all(entry["log_level"] == "info" for entry in logs)
+    opened = next(entry for entry in logs if entry["event"] == "round-opened")
+    assert (opened["run"], opened["round"], opened["attempt"]) == (run, 1, 1)
