@@ -146,17 +146,6 @@ class TestEveryStrategy:
         )
 
     @settings(deadline=None, max_examples=30)
-    @given(round=rounds, seed=st.integers(0, 2**32))
-    def test_the_gauge_does_not_matter_to_those_that_say_so(self, name: str, round: ModuleRound, seed: int) -> None:
-        round = suited(name, round)
-        if not strategy(name).gauge_free:
-            pytest.skip("does not say so")
-        turned = tuple(replace(c, factors=turn(c.factors, seed)) for c in round.contributions)
-        assert close(
-            multiplied_out(strategy(name).combine(replace(round, contributions=turned))), multiplied_out(strategy(name).combine(round))
-        )
-
-    @settings(deadline=None, max_examples=30)
     @given(round=rounds, factor=st.sampled_from([0.25, 2.0, 32.0]))
     def test_a_factor_may_stand_in_the_scale_or_in_b(self, name: str, round: ModuleRound, factor: float) -> None:
         round = suited(name, round)
@@ -165,35 +154,51 @@ class TestEveryStrategy:
             multiplied_out(strategy(name).combine(replace(round, contributions=moved))), multiplied_out(strategy(name).combine(round))
         )
 
-    @settings(deadline=None, max_examples=30)
-    @given(shape=st.sampled_from([(20, 12), (5, 30)]), crowd=st.lists(clients, min_size=1, max_size=5), share=st.floats(0, 1))
-    def test_the_sum_is_linear_in_what_clients_send_where_it_says_so(
-        self, name: str, shape: tuple[int, int], crowd: list[Client], share: float
-    ) -> None:
-        if not strategy(name).linear:
-            pytest.skip("does not say so")
-        one, two = make_round(shape, crowd, move=1.0), make_round(shape, [replace(c, seed=c.seed + 7) for c in crowd], move=0.5)
-        mixed = replace(
-            one,
-            contributions=tuple(
-                replace(c, factors=stack(c.factors, d.factors, share)) for c, d in zip(one.contributions, two.contributions, strict=True)
-            ),
-        )
-        sums = [multiplied_out(strategy(name).combine(round)) for round in (one, two, mixed)]
-        assert close(sums[2], share * sums[0] + (1 - share) * sums[1])
-
-    @settings(deadline=None, max_examples=30)
-    @given(round=rounds)
-    def test_one_client_of_full_rank_decides_alone_where_the_sum_is_exact(self, name: str, round: ModuleRound) -> None:
-        round = suited(name, round)
-        if not strategy(name).exact:
-            pytest.skip("does not say so")
-        alone = make_round(round.shape, [Client(rank=4, weight=3.0, shrink=1.0, seed=5)])
-        assert close(multiplied_out(strategy(name).combine(alone)), counted(alone.contributions[0]))
-
     def test_equal_ranks_without_any_change_keep_the_adapter(self, name: str) -> None:
         still = make_round((20, 12), [Client(rank=4, weight=w, shrink=1.0, seed=1) for w in (1.0, 2.0, 5.0)], move=0.0)
         assert close(multiplied_out(strategy(name).combine(still)), product(still.adapter, 1.0))
+
+
+def saying(promise: str) -> list[str]:
+    """The strategies that promise it: exact, linear or gauge_free."""
+    return [name for name in STRATEGIES if getattr(aggregation.load(name), promise)]
+
+
+@pytest.mark.parametrize("name", saying("gauge_free"))
+@settings(deadline=None, max_examples=30)
+@given(round=rounds, seed=st.integers(0, 2**32))
+def test_the_gauge_does_not_matter_to_those_that_say_so(name: str, round: ModuleRound, seed: int) -> None:
+    round = suited(name, round)
+    turned = tuple(replace(c, factors=turn(c.factors, seed)) for c in round.contributions)
+    assert close(
+        multiplied_out(strategy(name).combine(replace(round, contributions=turned))), multiplied_out(strategy(name).combine(round))
+    )
+
+
+@pytest.mark.parametrize("name", saying("linear"))
+@settings(deadline=None, max_examples=30)
+@given(shape=st.sampled_from([(20, 12), (5, 30)]), crowd=st.lists(clients, min_size=1, max_size=5), share=st.floats(0, 1))
+def test_the_sum_is_linear_in_what_clients_send_where_it_says_so(
+    name: str, shape: tuple[int, int], crowd: list[Client], share: float
+) -> None:
+    one, two = make_round(shape, crowd, move=1.0), make_round(shape, [replace(c, seed=c.seed + 7) for c in crowd], move=0.5)
+    mixed = replace(
+        one,
+        contributions=tuple(
+            replace(c, factors=stack(c.factors, d.factors, share)) for c, d in zip(one.contributions, two.contributions, strict=True)
+        ),
+    )
+    sums = [multiplied_out(strategy(name).combine(round)) for round in (one, two, mixed)]
+    assert close(sums[2], share * sums[0] + (1 - share) * sums[1])
+
+
+@pytest.mark.parametrize("name", saying("exact"))
+@settings(deadline=None, max_examples=30)
+@given(round=rounds)
+def test_one_client_of_full_rank_decides_alone_where_the_sum_is_exact(name: str, round: ModuleRound) -> None:
+    round = suited(name, round)
+    alone = make_round(round.shape, [Client(rank=4, weight=3.0, shrink=1.0, seed=5)])
+    assert close(multiplied_out(strategy(name).combine(alone)), counted(alone.contributions[0]))
 
 
 def turn(factors: object, seed: int) -> Factors:
