@@ -242,3 +242,15 @@ async def test_the_largest_plan_that_is_allowed_is_carried_out_as_far_as_it_can(
     view = await small.admin.run(run)
     assert (view.state, view.round) == (RunState.running, 0)
     assert str(view.reason).startswith("waits for clients: 1 able of a target of 1000000")
+
+
+@pytest.mark.parametrize("member", ["parameters", "layers", "hidden", "vocabulary"])
+async def test_a_base_model_of_absurd_size_ends_in_a_reason(small: Federation, member: str) -> None:
+    base = LAYOUT.base.model_dump() | {member: 10**400}
+    await small.enrol_many(3)
+
+    run = await small.open(make_plan(layout=LAYOUT.model_dump(mode="json") | {"base": base}, ranks={"name": "capacity", "ladder": [2, 4]}))
+
+    view = await small.admin.run(run)
+    assert view.state is RunState.failed or str(view.reason).startswith("waits for clients: 0 able")
+    assert view.reason

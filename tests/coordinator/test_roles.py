@@ -44,15 +44,20 @@ def audience(method: str, path: str, tag: str) -> str:
     return "reader" if method == "GET" else "admin"
 
 
-def every_route() -> list[Route]:
+def document() -> dict[str, Any]:
     """What the application itself says that it serves."""
     never_opened = f"sqlite:///{tempfile.gettempdir()}/no.sqlite"
     parts = build(Settings(database_url=never_opened, blobs_url="memory://routes", executor="threads://1"))
-    paths = create_app(parts).openapi()["paths"]
+    described = create_app(parts).openapi()
     parts.close()
+    return described
+
+
+def every_route() -> list[Route]:
+    """Every operation, with its audience."""
     return [
         Route(method.upper(), path, audience(method.upper(), path, operation["tags"][0]))
-        for path, operations in paths.items()
+        for path, operations in document()["paths"].items()
         for method, operation in operations.items()
     ]
 
