@@ -244,7 +244,7 @@ async def test_the_largest_plan_that_is_allowed_is_carried_out_as_far_as_it_can(
     assert str(view.reason).startswith("waits for clients: 1 able of a target of 1000000")
 
 
-@pytest.mark.parametrize("member", ["parameters", "layers", "hidden", "vocabulary"])
+@pytest.mark.parametrize("member", ["parameters", "layers", "hidden"])
 async def test_a_base_model_of_absurd_size_ends_in_a_reason(small: Federation, member: str) -> None:
     base = LAYOUT.base.model_dump() | {member: 10**400}
     await small.enrol_many(3)
