@@ -6,8 +6,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.federation import Federation, open_federation
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_logs() -> None:
+    """As the command has them: the prettier traces take seconds each."""
+    text = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, text])
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -39,14 +40,13 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(_migrated_sqlite: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("any-request")
-    file = folder / "test.sqlite"
-    file.write_bytes(_migrated_sqlite.read_bytes())
+    file = shutil.copy(_migrated_sqlite, folder / "test.sqlite")
     with asyncio.Runner() as runner:
-        open_ = AsyncExitStack()
-        federation = runner.run(open_.enter_async_context(open_federation(f"sqlite:///{file}", folder)))
+        opened = AsyncExitStack()
+        federation = runner.run(opened.enter_async_context(open_federation(f"sqlite:///{file}", folder)))
         federation.parts.bell.close()  # polls and streams would wait for something to happen
         yield runner.run(prepared(runner, federation))
-        runner.run(open_.aclose())
+        runner.run(opened.aclose())
 
 
 async def prepared(runner: asyncio.Runner, federation: Federation) -> Stage:

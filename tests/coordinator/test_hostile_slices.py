@@ -14,7 +14,7 @@ from protocol.checks import Expected, check_header
 from protocol.plan import Dtype
 from protocol.slices import Label
 from protocol.states import ClientState, JobState, RoundState, RunState
-from tests.coordinator.hostile import NON_FINITE, Lie, Parts, grown, lies, of_rank, pack, raw
+from tests.coordinator.hostile import MALFORMED, NON_FINITE, Lie, Parts, grown, lies, of_rank, pack, raw
 from tests.federation import LAYOUT, Federation, make_plan, moved
 
 BASE = f"sha256:{1:064}"
@@ -24,10 +24,8 @@ HONEST += bytes(4 * LAYOUT.numbers(4))
 EXPECTED = Expected(layout=LAYOUT, rank=4, scale=2.0, dtype=Dtype.float32, base=BASE, round=1)
 
 
-@pytest.mark.parametrize(("what", "kind", "lie"), [pytest.param(*each, id=each[0]) for each in lies()])
-async def test_a_slice_that_lies_is_refused_and_its_job_is_over(
-    federation: Federation, what: str, kind: type[errors.InvalidSlice], lie: Lie
-) -> None:
+async def check_refused(federation: Federation, kind: type[errors.InvalidSlice], lie: Lie) -> None:
+    """The lie is answered with its problem; the job is over, the client has a mark against it."""
     run, (liar, *_), (job, *_) = await federation.training(make_plan())
     honest = await liar.trained(job)
 
@@ -40,6 +38,16 @@ async def test_a_slice_that_lies_is_refused_and_its_job_is_over(
     assert (await federation.admin.client(liar)).rejections == 1
     with pytest.raises(errors.JobOver):
         await liar.put_slice(job, honest)
+
+
+@pytest.mark.parametrize(("kind", "lie"), [pytest.param(kind, lie, id=what) for what, kind, lie in lies()])
+async def test_a_slice_that_lies_is_refused_and_its_job_is_over(small: Federation, kind: type[errors.InvalidSlice], lie: Lie) -> None:
+    await check_refused(small, kind, lie)
+
+
+@pytest.mark.parametrize("what", [what for what in MALFORMED if "name" in what or "character" in what or what == "nothing"])
+async def test_what_a_database_could_not_store_is_refused_by_either(federation: Federation, what: str) -> None:
+    await check_refused(federation, errors.MalformedSlice, MALFORMED[what])
 
 
 @pytest.mark.parametrize("what", NON_FINITE)

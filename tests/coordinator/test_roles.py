@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +71,26 @@ ALLOWED = {"anybody": None, "enrolment": {"enrolment"}, "client": {"client"}, "a
 WITHOUT_IDENTITY = ("nobody", "garbage", "unknown", "basic", "revoked admin", "revoked viewer", "revoked client", "rotated client")
 
 
-@pytest.fixture
-async def callers(small: Federation) -> dict[str, Caller]:
-    """One caller with each kind of credential, and those whose credential is none any more."""
+@dataclass(frozen=True)
+class Stage:
+    """One caller with each kind of credential, and those whose credential is none any more; and the loop they live in."""
+
+    runner: asyncio.Runner
+    callers: dict[str, Caller]
+
+
+@pytest.fixture(scope="module")
+def stage(_migrated_sqlite: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("roles")
+    database = shutil.copy(_migrated_sqlite, folder / "test.sqlite")
+    with asyncio.Runner() as runner:
+        opened = AsyncExitStack()
+        federation = runner.run(opened.enter_async_context(open_federation(f"sqlite:///{database}", folder)))
+        yield Stage(runner, runner.run(every_caller(federation)))
+        runner.run(opened.aclose())
+
+
+async def every_caller(small: Federation) -> dict[str, Caller]:
     http, admin = small.http, small.admin
     device, gone, turned = [await small.enrol(name) for name in ("device", "gone", "turned")]
     enrolment, void = await admin.invite(uses=100), await admin.invite(uses=100)
@@ -103,15 +124,15 @@ def test_the_rules_cover_what_is_served() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
-async def test_a_route_answers_only_those_it_is_for(callers: dict[str, Caller], route: Route) -> None:
+def test_a_route_answers_only_those_it_is_for(stage: Stage, route: Route) -> None:
     path = route.path.replace("{digest}", NO_DIGEST).replace("{number}", "0").replace("{file}", "x")
     for noun in ("run", "job", "client", "enrolment", "token"):
         path = path.replace(f"{{{noun}}}", NO_ID)
-    for kind, caller in callers.items():
+    for kind, caller in stage.callers.items():
         headers = {"Authorization": "Basic YTpi"} if kind == "basic" else {}
         if route.path == "/v1/events" and kind in ("admin", "viewer"):
             headers["Last-Event-ID"] = "-1"  # refused as a request, not as a caller: the stream would have no end
-        response = await caller.call(route.method, path, headers=headers)
+        response = stage.runner.run(caller.call(route.method, path, headers=headers))
 
         allowed = ALLOWED[route.audience]
         if allowed is None:
