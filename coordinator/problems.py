@@ -35,9 +35,11 @@ STATUSES: Mapping[type[HLoRAError], HTTPStatus] = {
     errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.RangeNotSatisfiable: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     errors.TruncatedBody: HTTPStatus.BAD_REQUEST,
+    errors.StalledBody: HTTPStatus.REQUEST_TIMEOUT,
     errors.InvalidSlice: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnmergeableRound: HTTPStatus.CONFLICT,
     errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.InsufficientStorage: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.Refusal: HTTPStatus.UNPROCESSABLE_ENTITY,
 }
 _HEADERS: Mapping[type[HLoRAError], Mapping[str, str]] = {

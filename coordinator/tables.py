@@ -5,7 +5,20 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, CheckConstraint, DateTime, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -143,6 +156,8 @@ class Round(Base):
     adapter: Mapped[str | None] = mapped_column(String(71))
     adapter_bytes: Mapped[int | None]
     energy: Mapped[Document | None]
+    manifest: Mapped[Document | None]
+    forgotten: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class PublishedSlice(Base):
@@ -193,6 +208,66 @@ class Job(Base):
     change_norm: Mapped[float | None]
     result: Mapped[Document | None]
     weight: Mapped[float | None]
+    counted_in: Mapped[int | None] = mapped_column(ForeignKey("rounds.id"), index=True)
+    max_steps: Mapped[int | None]
+
+
+class Upload(Base):
+    """A slice that comes in parts: how far it is. The offset moves only together with a part's row."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (CheckConstraint('"offset" <= length', name="offset"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71))
+    length: Mapped[int]
+    offset: Mapped[int] = mapped_column(default=0)
+    touched_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class Part(Base):
+    """One durable part of an upload; its bytes are a blob."""
+
+    __tablename__ = "parts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("uploads.job_id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(primary_key=True)
+    bytes: Mapped[int]
+    digest: Mapped[str] = mapped_column(String(71), index=True)
+
+
+class Quarantined(Base):
+    """A contribution that was set apart."""
+
+    __tablename__ = "quarantine"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    at: Mapped[datetime] = mapped_column(index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    client_id: Mapped[str] = mapped_column(ForeignKey("clients.id"), index=True)
+    problem: Mapped[str] = mapped_column(String(64))
+    reason: Mapped[str]
+    digest: Mapped[str | None] = mapped_column(String(71))
+    bytes: Mapped[int | None]
+
+
+class Condemned(Base):
+    """A blob that nothing names and that is about to be deleted; whoever wants to name it puts it again first."""
+
+    __tablename__ = "condemned"
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    at: Mapped[datetime]
+
+
+class Beat(Base):
+    """When a coordinator was last at work: a single row."""
+
+    __tablename__ = "beats"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
 
 
 class Event(Base):

@@ -12,6 +12,7 @@ HLoRAError
 │   ├── StaleLease              somebody else holds the job now
 │   ├── DifferentResult         the job was already answered, otherwise
 │   ├── NameTaken               another client has the name
+│   ├── OffsetMismatch          the upload stands at another offset; the fact `offset` says at which
 │   └── KeyReused               an idempotency key came with another body
 ├── Over                      it was there; it has ended
 │   ├── EnrolmentOver           the enrolment token is expired, used up or revoked
@@ -19,6 +20,7 @@ HLoRAError
 ├── OutdatedAgent             the agent is too old for this coordinator
 ├── TooLarge                  the body is longer than an honest one can be
 ├── TruncatedBody             fewer bytes came than were announced
+├── StalledBody               no byte came for too long
 ├── InvalidSlice              a slice that cannot count
 │   ├── DigestMismatch          its bytes are not those that were announced
 │   ├── MalformedSlice          it is no well-formed safetensors file
@@ -29,6 +31,7 @@ HLoRAError
 │   ├── NoContributions         there is nothing to merge
 │   └── ZeroWeight              the weights sum to nothing
 ├── Unavailable               not now; later
+│   └── InsufficientStorage     no room for what came; nothing was changed
 ├── InternalError             a defect of the coordinator; its log has the trace
 └── Refusal                   the device says no
     ├── PolicyRefusal           its owner's policy forbids the job
@@ -128,6 +131,10 @@ class NameTaken(Conflict):
     """Another client has that name."""
 
 
+class OffsetMismatch(Conflict):
+    """The upload stands at another offset."""
+
+
 class KeyReused(Conflict):
     """The idempotency key was used with another body."""
 
@@ -158,6 +165,12 @@ class RangeNotSatisfiable(HLoRAError):
 
 class TruncatedBody(HLoRAError):
     """Fewer bytes came than were announced."""
+
+    retryable = True
+
+
+class StalledBody(HLoRAError):
+    """No byte came for too long."""
 
     retryable = True
 
@@ -204,6 +217,10 @@ class Unavailable(HLoRAError):
     """The coordinator cannot answer now."""
 
     retryable = True
+
+
+class InsufficientStorage(Unavailable):
+    """There is no room for what came; nothing was changed."""
 
 
 class InternalError(HLoRAError):

@@ -252,6 +252,19 @@ class NormBound(Strict):
     action: Literal["clip", "reject"] = "clip"
 
 
+class Buffer(Strict):
+    """Buffered asynchronous rounds: every `size` contributions are merged, whichever version each of them started from.
+
+    A contribution that started s versions ago counts with its share times (1 + s)^-exponent (FedBuff, Nguyen et al. 2022).
+    """
+
+    size: int = Field(ge=1, le=1_000_000, description="contributions that make the next version")
+    exponent: float = Field(
+        default=0.5, ge=0, le=10, description="how fast a contribution loses weight with its staleness; 0 for not at all"
+    )
+    largest_staleness: int = Field(default=20, ge=0, le=100_000, description="a contribution that started longer ago is rejected")
+
+
 class Plan(Strict):
     """One federated fine-tuning, described."""
 
@@ -269,7 +282,11 @@ class Plan(Strict):
     rounds: int = Field(ge=1, le=100_000)
     times: Times = Times()
     evaluation: Evaluation = Evaluation()
+    buffer: Buffer | None = Field(default=None, description="merge as contributions come, instead of in rounds that wait for each other")
     norm: NormBound | None = None
+    suspicious: float | None = Field(
+        default=None, gt=1, le=1e6, description="set a contribution apart whose change is so many times as large as the round's median"
+    )
     largest_share: Share = Field(default=1.0, description="no contribution weighs more than this share of a round")
     wire: Dtype = Dtype.float32
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -280,6 +297,8 @@ class Plan(Strict):
             raise ValueError(f"evaluation rank {self.evaluation.rank} is not on the ladder {self.ranks.ladder}")
         if self.cap is not None and self.cap < self.ranks.ladder[-1]:
             raise ValueError(f"the cap {self.cap} is below the ladder's largest rank {self.ranks.ladder[-1]}")
+        if self.buffer is not None and self.buffer.size > self.cohort.target:
+            raise ValueError(f"a buffer of {self.buffer.size} is never filled by {self.cohort.target} clients at work (cohort.target)")
         if self.layout is not None and self.global_rank > self.layout.smallest_side():
             raise ValueError(f"rank {self.global_rank} is more than the smallest side {self.layout.smallest_side()} of the adapted modules")
         return self

@@ -55,6 +55,8 @@ class JobView(Strict):
     examples: int | None
     weight: float | None = Field(description="share of the merged sum")
     change_norm: float | None = Field(description="‖change‖_F over all modules")
+    counted_in: int | None = Field(default=None, description="the round that it was merged into: a later one where rounds are buffered")
+    max_steps: int | None = Field(default=None, description="optimiser steps to which the job was cut so that it meets its deadline")
     metrics: dict[str, Metric]
     usage: Usage | None
 
@@ -69,6 +71,33 @@ class Energy(Strict):
         default=0.0,
         description="share of ‖W‖²_F that the best adapter of the largest rank may hold beyond this one; 0 where this is the best",
     )
+
+
+class ManifestInput(Strict):
+    """One contribution as it was merged."""
+
+    job: str
+    client: str = Field(description="the client's name")
+    digest: Digest
+    rank: int
+    scale: float
+    weight: float = Field(description="share of the merged sum")
+    shrink: float = Field(description="share of its change that counts, by the plan's norm bound")
+    base: Digest = Field(description="the slice that it started from")
+    staleness: int = Field(default=0, description="versions published between its start and its merge")
+
+
+class Manifest(Strict):
+    """Everything that a published round's bytes follow from, and their names: enough to make them again."""
+
+    plan: Digest
+    round: int
+    previous: Digest | None = Field(description="global adapter before the round; none before round 0")
+    earlier: Digest | None = Field(description="global adapter one round before that")
+    inputs: list[ManifestInput]
+    adapter: BlobRef
+    slices: dict[int, BlobRef]
+    software: dict[str, str] = Field(description="versions of what computed it")
 
 
 class RoundSummary(Strict):
@@ -99,6 +128,8 @@ class RoundView(RoundSummary):
     adapter: BlobRef | None
     slices: dict[int, BlobRef]
     energy: dict[str, Energy]
+    manifest: Manifest | None = Field(default=None, description="of a published round")
+    forgotten: bool = Field(default=False, description="its contributions and slices were given up by the retention policy")
 
 
 class RunView(Strict):
@@ -200,6 +231,21 @@ class TokenMade(TokenView):
     """An operator's token; it is told this once."""
 
     token: str
+
+
+class QuarantineView(Strict):
+    """A contribution that was set apart, and why."""
+
+    id: str
+    at: datetime
+    run: str
+    round: int
+    job: str
+    client: str
+    client_name: str
+    problem: str = Field(description="slug of the refusal; `suspicious-change` for a sound slice that is far from the others")
+    reason: str
+    slice: BlobRef | None = Field(description="the bytes, if they came whole and are still kept")
 
 
 class Description(Strict):
