@@ -46,8 +46,8 @@ fix: $(VENV)/dev.stamp ## format, and mend what can be mended by itself
 simulate: $(VENV)/demo.stamp ## many agents in one process: make simulate ARGS='--help'
 	@$(BIN)/python -m simulation $(ARGS)
 
-bench: $(VENV)/demo.stamp ## how long merging takes on this machine: make bench ARGS='--quick --json'
-	@$(BIN)/python -m benchmarks merge $(ARGS)
+bench: $(VENV)/demo.stamp ## measure this machine, merging first: make bench ARGS='merge --quick --json', make bench ARGS='--help'
+	@$(BIN)/python -m benchmarks $(or $(ARGS),merge)
 
 docs: $(VENV)/dev.stamp ## write the generated documents anew
 	@$(BIN)/python -m docs.generate

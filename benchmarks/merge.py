@@ -12,8 +12,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+import typer
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -218,3 +220,27 @@ def report(found: Merge | Method) -> str:
         f"{'unknown' if found.peak_megabytes is None else f'{found.peak_megabytes:.0f} MB'}, error {found.error_ratio - 1:.1e} above the "
         f"least ({found.relative_excess:.1e} of the sum), certificate true to {found.certificate_error:.1e}"
     )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="a part of RoBERTa-large alone, under a minute")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON line for each measurement")] = False,
+) -> None:
+    """Merge rounds of clients with unequal ranks, beside the dense form."""
+    decompositions: Seconds = {}
+    sizes = QUICK if quick else SIZES
+    told = {size.shapes[0]: size for size in sizes if size.clients == 20}
+    for one in told.values():
+        for method in methods(one, decompositions):
+            typer.echo(method.model_dump_json() if as_json else report(method))
+    for size in sizes:
+        found = measure(size, decompositions)
+        typer.echo(found.model_dump_json() if as_json else report(found))
+
+
+if __name__ == "__main__":
+    app()

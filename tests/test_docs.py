@@ -40,7 +40,7 @@ def commands(text: str) -> Iterator[list[str]]:
 def misused(words: list[str]) -> str | None:
     """What is wrong with a command: a part or an option that does not exist."""
     room, *rest = words
-    app: typer.Typer = import_module(f"{room}.__main__").app
+    app: typer.Typer = import_module(room if "." in room else f"{room}.__main__").app
     here = typer.main.get_command(app)
     for word in rest:
         option = re.match(r"--?[a-z][a-z-]*", word)
