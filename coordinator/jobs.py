@@ -21,7 +21,8 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events
+from coordinator import clients, events, sweeping
+from coordinator.blobs import Blobs
 from coordinator.tables import Client, Job, Round, Run
 from protocol import errors, messages
 from protocol.checks import Expected
@@ -208,8 +209,9 @@ def upload(session: Session, client_id: str, job_id: str, epoch: int) -> Upload:
     return Upload(expected=expected, largest=largest_length(plan.layout, job.rank, plan.wire), bound=bound)
 
 
-def uploaded(session: Session, client_id: str, job_id: str, epoch: int, blob: messages.BlobRef, norm: float) -> None:
-    """Note that the job's slice is stored and sound. Raises NotFound, StaleLease, JobOver."""
+def uploaded(session: Session, blobs: Blobs, client_id: str, job_id: str, epoch: int, blob: messages.BlobRef, norm: float) -> None:
+    """Note that the job's slice is stored and sound. Raises NotFound, StaleLease, JobOver; Unavailable, to put the blob again."""
+    sweeping.hold(session, blobs, blob.digest)
     _advance(session, client_id, job_id, epoch, slice=blob.digest, slice_bytes=blob.bytes, change_norm=norm)
 
 

@@ -13,8 +13,9 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, handout, published, rounds
+from coordinator import clients, events, handout, published, rounds, sweeping
 from coordinator.assembly import Merged
+from coordinator.blobs import Blobs
 from coordinator.jobs import plan_of
 from coordinator.merge import Input, RoundTask
 from coordinator.tables import Job, PublishedSlice, Round, Run
@@ -98,11 +99,12 @@ def _shrink(norm: NormBound | None, change: float) -> float:
     return 1.0 if norm is None or change <= norm.bound else norm.bound / change
 
 
-def publish(session: Session, claim: Claim, merged: Merged, seconds: float, now: datetime, pace: float) -> list[str]:
+def publish(session: Session, blobs: Blobs, claim: Claim, merged: Merged, seconds: float, now: datetime, pace: float) -> list[str]:
     """merging → published, in one transaction with the slices and the evaluation jobs; gives the clients to wake.
 
-    Does nothing if the claim was lost: somebody else publishes the same bytes.
+    Does nothing if the claim was lost: somebody else publishes the same bytes. Raises Unavailable, to put the blobs again.
     """
+    sweeping.hold(session, blobs, merged.adapter.digest, *(blob.digest for blob in merged.slices.values()))
     energy = {module: view.model_dump(mode="json") for module, view in merged.energy.items()}
     facts = {"adapter": merged.adapter.digest, "adapter_bytes": merged.adapter.bytes, "energy": energy, "merge_seconds": seconds}
     if not _update(session, claim, state=RoundState.published, ended_at=now, merge_until=None, **facts):

@@ -166,7 +166,7 @@ def _store(parts: Context, caller: Caller, job: str, epoch: int, wanted: jobs.Up
         raise
     blob = parts.blobs.put_file(spooled.path)  # blob before row: a crash between them leaves an orphan, never a row without bytes
     with parts.database.write() as session:
-        jobs.uploaded(session, caller.id, job, epoch, blob, norm)
+        jobs.uploaded(session, parts.blobs, caller.id, job, epoch, blob, norm)
     return SliceReceipt(digest=blob.digest, bytes=blob.bytes)
 
 
