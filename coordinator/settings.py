@@ -23,6 +23,12 @@ class Settings(BaseSettings):
     tick_seconds: float = Field(default=1.0, gt=0, description="longest pause between two looks of the conductor")
     poll_seconds: float = Field(default=20.0, gt=0, le=300, description="how long a poll for work may wait, and the pace given to agents")
     rejections: int = Field(default=3, ge=1, description="a client is paused after so many rejected contributions in a row")
+    keep_rounds: int | None = Field(
+        default=None,
+        ge=1,
+        description="contributions and slices of rounds older than a run's last so many published ones are given up; "
+        "global adapters stay; by default nothing is",
+    )
     json_limit_bytes: int = Field(default=8 * 2**20, ge=2**16, description="longest JSON body")
     log_json: bool = Field(default=False, description="logs as JSON lines instead of text")
 

@@ -156,7 +156,7 @@ class Round(Base):
     adapter: Mapped[str | None] = mapped_column(String(71))
     adapter_bytes: Mapped[int | None]
     energy: Mapped[Document | None]
-    manifest: Mapped[Document | None]
+    manifest: Mapped[Document | None] = mapped_column(deferred=True)  # long, and looked at only when somebody asks
     forgotten: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
