@@ -89,7 +89,7 @@ class Conductor:
                 merged = self._carry_out(task)
             with self._database.write() as session:
                 now = self._database.clock(session)
-                woken = publishing.publish(session, self._blobs, claim, merged, time.monotonic() - began, now, self._pace)
+                woken = publishing.publish(session, self._blobs, claim, task, merged, time.monotonic() - began, now, self._pace)
         except OperationalError:
             raise
         except Exception as error:

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,9 +30,9 @@ from protocol.views import Energy
 __all__ = ["Input", "Merged", "ModuleTask", "RoundTask", "first_adapter", "merge_module", "merge_round", "merge_tensor"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Input:
-    """One accepted contribution: its blob, its label, and how much it counts."""
+    """One accepted contribution: its blob, its label, and how much it counts. Ordered by its content."""
 
     digest: str
     rank: int
@@ -40,6 +40,7 @@ class Input:
     weight: float  # ≥ 0, in any unit: shares are formed here
     shrink: float  # γ in (0, 1]: the share of the change that counts
     base: str  # digest of the slice that it started from
+    job: str = field(default="", compare=False)  # whose it is, for the record; nothing follows from it
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _shares(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
             raise errors.UnmergeableRound(
                 f"{input.digest} has weight {input.weight} and shrink {input.shrink}; finite ≥ 0 and in (0, 1] were expected"
             )
-    ordered = sorted((input for input in inputs if input.weight > 0), key=astuple)
+    ordered = sorted(input for input in inputs if input.weight > 0)
     total = math.fsum(input.weight for input in ordered)
     if not total > 0:
         raise errors.ZeroWeight(f"the weights of {len(inputs)} contributions sum to nothing")

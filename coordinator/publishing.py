@@ -6,6 +6,7 @@ claimed again when its time is over, and gives the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -13,12 +14,13 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, handout, published, rounds, sweeping
+from coordinator import clients, events, handout, manifests, published, rounds, sweeping
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.jobs import plan_of
+from coordinator.manifests import Origin
 from coordinator.merge import Input, RoundTask
-from coordinator.tables import Job, PublishedSlice, Round, Run
+from coordinator.tables import Client, Job, PublishedSlice, Round, Run
 from protocol.plan import NormBound, Plan
 from protocol.states import JobState, RoundState, RunState
 
@@ -68,6 +70,12 @@ def _update(session: Session, claim: Claim, **values: object) -> bool:
 def task(session: Session, claim: Claim, store: str) -> RoundTask | Plan:
     """What is to be merged; for round 0, the plan from which the first adapter is made."""
     round = session.get_one(Round, claim.round_id)
+    jobs = [job for job in handout.training_jobs(session, round.id) if job.state == JobState.submitted]
+    return task_of(session, round, jobs, store)
+
+
+def task_of(session: Session, round: Round, jobs: Sequence[Job], store: str) -> RoundTask | Plan:
+    """The round's task, given the jobs that count in it."""
     run = session.get_one(Run, round.run_id)
     plan = plan_of(run)
     if round.number == 0:
@@ -75,14 +83,13 @@ def task(session: Session, claim: Claim, store: str) -> RoundTask | Plan:
     before = published.round_of(session, run.id, round.number - 1)
     assert before is not None, "a round opens only after the one before it was published"
     assert before.adapter is not None, "a published round has an adapter"
-    inputs = tuple(_input(job, plan) for job in handout.training_jobs(session, round.id) if job.state == JobState.submitted)
     earlier = published.round_of(session, run.id, round.number - 2)
     return RoundTask(
         store=store,
         plan=plan,
         round=round.number,
         previous=before.adapter,
-        inputs=inputs,
+        inputs=tuple(_input(job, plan) for job in jobs),
         earlier=None if earlier is None else earlier.adapter,
     )
 
@@ -91,7 +98,8 @@ def _input(job: Job, plan: Plan) -> Input:
     assert job.slice is not None, "a submitted job has a slice"
     assert job.weight is not None, "weights are settled when a round closes"
     shrink = _shrink(plan.norm, job.change_norm or 0.0)
-    return Input(digest=job.slice, rank=job.rank, scale=plan.adapter.scale(job.rank), weight=job.weight, shrink=shrink, base=job.base)
+    scale = plan.adapter.scale(job.rank)
+    return Input(digest=job.slice, rank=job.rank, scale=scale, weight=job.weight, shrink=shrink, base=job.base, job=job.id)
 
 
 def _shrink(norm: NormBound | None, change: float) -> float:
@@ -99,8 +107,10 @@ def _shrink(norm: NormBound | None, change: float) -> float:
     return 1.0 if norm is None or change <= norm.bound else norm.bound / change
 
 
-def publish(session: Session, blobs: Blobs, claim: Claim, merged: Merged, seconds: float, now: datetime, pace: float) -> list[str]:
-    """merging → published, in one transaction with the slices and the evaluation jobs; gives the clients to wake.
+def publish(
+    session: Session, blobs: Blobs, claim: Claim, task: RoundTask | Plan, merged: Merged, seconds: float, now: datetime, pace: float
+) -> list[str]:
+    """merging → published, in one transaction with manifest, slices and evaluation jobs; gives the clients to wake.
 
     Does nothing if the claim was lost: somebody else publishes the same bytes. Raises Unavailable, to put the blobs again.
     """
@@ -111,16 +121,26 @@ def publish(session: Session, blobs: Blobs, claim: Claim, merged: Merged, second
         return []
     round = session.get_one(Round, claim.round_id, populate_existing=True)
     run = session.get_one(Run, round.run_id)
+    origins = _accept(session, round, () if isinstance(task, Plan) else task.inputs)
+    round.manifest = manifests.describe(task, merged, run.plan_digest, origins).model_dump(mode="json")
     for rank, blob in merged.slices.items():
         session.add(PublishedSlice(round_id=round.id, rank=rank, digest=blob.digest, bytes=blob.bytes))
-    for job in handout.training_jobs(session, round.id):
-        if job.state == JobState.submitted:
-            job.state = JobState.accepted
-            clients.clear_rejections(session, job.client_id)
     session.flush()
     events.record(session, now, "round-published", run=run.id, round=round.number, adapter=merged.adapter.digest, seconds=round_to(seconds))
     # Round 0 is measured when the first round opens: machines may not be there yet when a run is made.
     return [] if round.number == 0 else handout.evaluate(session, run, round, now, pace)
+
+
+def _accept(session: Session, round: Round, inputs: Sequence[Input]) -> dict[str, Origin]:
+    """submitted → accepted, for the jobs that were merged; gives where each contribution came from."""
+    own = or_(Job.round_id == round.id, Job.counted_in == round.id)
+    query = select(Job, Client.name, Round.number).join(Client, Job.client_id == Client.id).join(Round, Job.round_id == Round.id).where(own)
+    found = {job.id: (job, Origin(client, number)) for job, client, number in session.execute(query)}
+    for input in inputs:
+        job, _ = found[input.job]
+        job.state = JobState.accepted
+        clients.clear_rejections(session, job.client_id)
+    return {id: origin for id, (_, origin) in found.items()}
 
 
 def round_to(seconds: float) -> float:

@@ -16,7 +16,7 @@ from protocol import errors
 from protocol.messages import BlobRef, Metric, Progress, Result
 from protocol.plan import CausalLM
 from protocol.states import JobKind, JobState, RoundState, RunState
-from protocol.views import Energy, JobView, Page, RankView, RoundSummary, RoundView, RunDetail, RunView
+from protocol.views import Energy, JobView, Manifest, Page, RankView, RoundSummary, RoundView, RunDetail, RunView
 
 
 def run_view(session: Session, run: Run) -> RunView:
@@ -88,6 +88,8 @@ def round_view(session: Session, run: Run, number: int, attempt: int | None) -> 
         adapter=adapter,
         slices=published.slices(session, row.id),
         energy={module: Energy.model_validate(view) for module, view in (row.energy or {}).items()},
+        manifest=None if row.manifest is None else Manifest.model_validate(row.manifest),
+        forgotten=row.forgotten,
     )
 
 
