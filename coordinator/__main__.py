@@ -23,11 +23,14 @@ def serve(
     """Run the whole coordinator in one process: routes, conductor and merging. Brings the database up to date first."""
     from coordinator import app as application
     from coordinator import schema, server
+    from protocol import crash
 
     settings = _settings()
     chosen: dict[str, object] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=chosen)
     _configure_logs(settings)
+    if settings.crash_at is not None:
+        crash.arm(settings.crash_at)
     schema.migrate(settings.database)
     parts = application.build(settings)
     _greet(parts.database.engine.url.render_as_string(), settings)

@@ -18,8 +18,9 @@ from torch import Tensor
 from coordinator.blobs import Blobs
 from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
-from protocol import errors
+from protocol import crash, errors
 from protocol.checks import check_finite
+from protocol.crash import Point
 from protocol.messages import BlobRef
 from protocol.plan import Dtype, Layout, Plan
 from protocol.slices import TORCH_DTYPES, Factors, Label, head, numbers
@@ -108,8 +109,11 @@ class Assembly:
 
     def publish(self, blobs: Blobs) -> Merged:
         """Keep the files as blobs."""
+        adapter = self._adapter.keep(blobs)
+        crash.reached(Point.first_blob_kept)
         slices = {rank: spool.keep(blobs) for rank, spool in self._slices.items()}
-        return Merged(adapter=self._adapter.keep(blobs), slices=slices, energy=self._energy)
+        crash.reached(Point.adapter_blob_kept)
+        return Merged(adapter=adapter, slices=slices, energy=self._energy)
 
     def _spool(self, path: Path, start: bytes) -> _Spool:
         spool = _Spool(path, self._open.enter_context(path.open("wb")))

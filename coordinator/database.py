@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from protocol import errors
+from protocol import crash, errors
 
 Clock = Callable[[Session], datetime]
 
@@ -82,10 +82,15 @@ class Database:
             yield session
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
-        """A transaction that is committed when the block ends, and rolled back when it raises."""
+    def write(self, point: crash.Point | None = None) -> Iterator[Session]:
+        """A transaction that is committed when the block ends, and rolled back when it raises.
+
+        After the commit it reaches the crash points of the events that it recorded, and its own.
+        """
         with self._writers.begin() as session:
             yield session
+        for reached in (*session.info.get("events", ()), *([point] if point else [])):
+            crash.reached(reached)
 
     def close(self) -> None:
         self.engine.dispose()

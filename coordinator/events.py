@@ -27,6 +27,7 @@ def record(
 ) -> None:
     """Note one change of state; it is told to operators once the transaction commits."""
     session.add(tables.Event(at=now, kind=kind, run_id=run, round=round, client=client, facts=facts))
+    session.info.setdefault("events", []).append(kind)  # each is a point to crash at, once it is committed
     log.info(kind, run=run, round=round, client=client, **facts)
 
 

@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     )
     json_limit_bytes: int = Field(default=8 * 2**20, ge=2**16, description="longest JSON body")
     log_json: bool = Field(default=False, description="logs as JSON lines instead of text")
+    crash_at: str | None = Field(
+        default=None, description="for tests: die at this point, as by `kill -9`; NAME, or NAME:N for the n-th time"
+    )
 
     @property
     def database(self) -> str:
