@@ -7,27 +7,25 @@ from collections.abc import Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
 
-from sqlalchemy import ColumnElement, func, select, tuple_
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coordinator import clients, ranks
+from coordinator import clients, histories, ranks
+from coordinator.histories import NEW, History, candidate
 from coordinator.tables import Client, Job, Round
-from protocol.messages import Profile, Usage
+from protocol.messages import Profile
 from protocol.plan import Plan, SequenceClassification
 from protocol.states import JobKind, JobState
 from protocol.views import RankView
 
-History = tuple[int | None, ranks.Measured | None]  # the last rank, and what the last accepted training job measured
-NEW: History = (None, None)
-
 
 def eligible(session: Session, run_id: str, plan: Plan, kind: JobKind, now: datetime, pace: float) -> tuple[list[Client], dict[str, str]]:
     """The clients that can do such a job of this run, by name; and for every other one why not."""
-    refusals, histories = _refusals(session, run_id), _histories(session, run_id)
+    refusals, known = _refusals(session, run_id), histories.of_run(session, run_id)
     able: list[Client] = []
     reasons: dict[str, str] = {}
     for client in clients.active(session):
-        reason = _absence(client, now, pace) or _obstacle(client, plan, kind, refusals.get(client.id), histories.get(client.id, NEW))
+        reason = _absence(client, now, pace) or _obstacle(client, plan, kind, refusals.get(client.id), known.get(client.id, NEW))
         if reason is None:
             able.append(client)
         else:
@@ -54,7 +52,7 @@ def _obstacle(client: Client, plan: Plan, kind: JobKind, refused: tuple[datetime
         return f"its owner does not allow model {plan.model.id}"
     if refused is not None and refused[0] >= client.profiled_at:
         return f"refused: {refused[1]}"
-    return ranks.fits(plan, _candidate(client, profile, *history))
+    return ranks.fits(plan, candidate(client, profile, history))
 
 
 def _columns(plan: Plan) -> list[str]:
@@ -83,36 +81,14 @@ def draw(plan: Plan, round: int, attempt: int, already: int, pool: Sequence[Clie
 def assign(session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], able: Sequence[Client]) -> dict[str, RankView]:
     """The rank of each chosen client, by its id; `able` are the clients among which the policy compares."""
     population = ranks.Population(examples=tuple(_examples(client, plan) for client in able))
-    histories = _histories(session, run_id)
+    known = histories.of_run(session, run_id)
     views: dict[str, RankView] = {}
     for client in chosen:
-        candidate = _candidate(client, Profile.model_validate(client.profile), *histories.get(client.id, NEW))
-        views[client.id] = ranks.choose(plan, candidate, population)
+        seen = candidate(client, Profile.model_validate(client.profile), known.get(client.id, NEW))
+        views[client.id] = ranks.choose(plan, seen, population)
     return views
 
 
 def _examples(client: Client, plan: Plan) -> int:
     dataset = Profile.model_validate(client.profile).datasets.get(plan.data)
     return dataset.train if dataset else 0
-
-
-def _histories(session: Session, run_id: str) -> dict[str, History]:
-    """Each client's last rank in this run, and what its last accepted training job measured; by its id."""
-    last = {row.client_id: row.rank for row in _latest(session, run_id)}
-    measured = {
-        row.client_id: ranks.Measured(rank=row.rank, usage=Usage.model_validate(row.result["usage"]))
-        for row in _latest(session, run_id, Job.state == JobState.accepted)
-        if row.result is not None
-    }
-    return {client: (rank, measured.get(client)) for client, rank in last.items()}
-
-
-def _latest(session: Session, run_id: str, *which: ColumnElement[bool]) -> Sequence[Job]:
-    """The newest such training job of each client in the run."""
-    mine = (Round.run_id == run_id, Job.kind == JobKind.train, *which)
-    newest = select(func.max(Job.round_id), Job.client_id).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id)
-    return session.scalars(select(Job).where(Job.kind == JobKind.train, tuple_(Job.round_id, Job.client_id).in_(newest))).all()
-
-
-def _candidate(client: Client, profile: Profile, previous: int | None, measured: ranks.Measured | None) -> ranks.Candidate:
-    return ranks.Candidate(name=client.name, labels=client.labels, profile=profile, measured=measured, previous=previous)

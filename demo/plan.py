@@ -60,7 +60,7 @@ warmup = 0.1                         # share of the steps of each job
 name = "delta"                       # sum what changed, keep the global adapter
 
 [ranks]
-name = "capacity"                    # the largest rung that memory, link, time and data of a machine carry
+name = "capacity"                    # the largest rung that memory, link and data of a machine carry
 ladder = {json.dumps(list(LADDER))}
 options = {{ link_share = {LINK_SECONDS / JOB_SECONDS} }}  # slices may take {LINK_SECONDS:g} s of a job's {JOB_SECONDS} s
 

@@ -19,12 +19,13 @@ from pydantic import ValidationError
 
 from protocol import errors
 from protocol.messages import Profile, Usage
-from protocol.plan import Layout, Plan, Ranks, Strict
+from protocol.plan import CausalLM, Layout, Plan, Ranks, Strict
 from protocol.slices import HEADER_SLACK
 from protocol.views import Description, RankView
 
 ENTRY_POINTS = "hlora.ranks"
 ENTRY_BYTES = 128  # of one tensor in a slice's header, beside its name
+SAFETY = 0.8  # share of the time left that a job is planned to take: estimates err, and loading the model is in none of them
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,14 @@ def fits(plan: Plan, candidate: Candidate) -> str | None:
         return f"{owner_words(candidate.profile)}, and the plan's smallest rank {plan.ranks.ladder[0]} is more than that"
     if most is not None and (steps := plan.training.steps(examples(plan, candidate))) > most:
         return f"the device's owner allows at most {most:,} steps a job; the plan takes {steps:,} unless training.max_steps says less"
-    return configured(plan.ranks).obstacle(plan, candidate, rungs)
+    return configured(plan.ranks).obstacle(plan, candidate, rungs) or _too_slow(plan, candidate, rungs[0])
+
+
+def _too_slow(plan: Plan, candidate: Candidate, rank: int) -> str | None:
+    """Why a job at that rank can never end in time, unless an accepted job of this run has shown that it does."""
+    if candidate.measured is not None or steps_within(plan, candidate, rank, plan.times.job):
+        return None
+    return f"a job has {plan.times.job:g} s; {needs(plan, candidate, rank)}"
 
 
 def choose(plan: Plan, candidate: Candidate, population: Population) -> RankView:
@@ -180,3 +188,59 @@ def owner_words(profile: Profile) -> str:
     parts = [] if largest is None else [f"rank {largest}"]
     parts += [] if most is None else [f"{most:,} bytes a job"]
     return f"the device's owner allows at most {' and '.join(parts)}"
+
+
+# --- what a job takes of a client's time -------------------------------------------------------------------------------
+
+
+def steps_within(plan: Plan, candidate: Candidate, rank: int, seconds: float) -> int:
+    """How many of the plan's optimiser steps, with one slice down and one up, that time can hold; 0 if not even one.
+
+    One step may fill it; more are given only as they fit its share SAFETY.
+    """
+    link, step = link_seconds(plan, candidate, rank), step_seconds(plan, candidate, rank)
+    wanted, room = plan.training.steps(examples(plan, candidate)), SAFETY * seconds - link
+    if link + step > seconds:
+        return 0
+    return wanted if wanted * step <= room else max(1, int(room / step))
+
+
+def needs(plan: Plan, candidate: Candidate, rank: int) -> str:
+    """What the least job takes of the client's time, in words for an operator."""
+    step, link = step_seconds(plan, candidate, rank), link_seconds(plan, candidate, rank)
+    return f"a single step at rank {rank} takes about {step:.3g} s, and slices {link:.3g} s on the link"
+
+
+def link_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
+    """One slice down and one up; a direction of unknown speed takes no time."""
+    return sum(slice_bytes(plan, rank) / speed for speed in speeds(candidate) if speed)
+
+
+def speeds(candidate: Candidate) -> tuple[float | None, float | None]:
+    """Bytes per second down and up: as the last accepted job reached them, or else as declared; None where neither is known."""
+    down, up = candidate.profile.down_bytes_per_second, candidate.profile.up_bytes_per_second
+    usage = candidate.measured.usage if candidate.measured else Usage()
+    if usage.download_bytes and usage.download_seconds:
+        down = usage.download_bytes / usage.download_seconds
+    if usage.upload_bytes and usage.upload_seconds:
+        up = usage.upload_bytes / usage.upload_seconds
+    return down, up
+
+
+def step_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
+    """One optimiser step: the measured one times F(rank) / F(its rank), or else F(rank) / training_flops.
+
+    A step of B · accumulate rows of T tokens costs F(r) = B · accumulate · T · (4 P + 6 N(r)) operations: the frozen base
+    forward (2) and backward to its inputs only (2), the adapter also to its weights (2 + 2 + 2). N(r) are the numbers of a
+    slice; P those of the base, without the embedding table where a classifier only looks it up.
+    """
+    measured = candidate.measured
+    if measured is not None and measured.usage.step_seconds:
+        return measured.usage.step_seconds * _operations(plan, rank) / _operations(plan, measured.rank)
+    return _operations(plan, rank) / candidate.profile.training_flops
+
+
+def _operations(plan: Plan, rank: int) -> float:
+    training, base = plan.training, layout(plan).base
+    used = base.parameters if isinstance(plan.task, CausalLM) else max(0, base.parameters - base.vocabulary * base.hidden)
+    return training.batch_size * training.accumulate * plan.task.max_length * (4 * used + 6 * layout(plan).numbers(rank))

@@ -1,4 +1,4 @@
-"""The largest rank that a client's memory, link, time and data carry.
+"""The largest rank that a client's memory, link and data carry.
 
 With P parameters, L layers, width H and vocabulary V of the base, T = max_length tokens a row, B rows a forward pass,
 N(r) = layout.numbers(r) numbers in a slice of rank r, and examples n, each consideration compares a need with a budget:
@@ -11,10 +11,6 @@ memory, bytes      c P  weights, with c = 2 bytes a number where the plan and th
                    + 4·10⁸ where training uses the machine's own memory: the process with its libraries (measured: 382 MiB)
                    ≤ memory_share · memory_bytes
 link, seconds      S(r) / down + S(r) / up, with S(r) the bytes of a slice on the wire   ≤ link_share · times.job
-time, seconds      steps(n) · F(r) / training_flops, where a step of B · accumulate rows costs
-                   F(r) = B · accumulate · T · (4 P' + 6 N(r)) operations: the frozen base forward (2) and backward to
-                   its inputs only (2), the adapter also to its weights (2 + 2 + 2); P' = P without the embedding table
-                   where a classifier only looks it up                                   ≤ time_share · times.job
 data               f(r) / n ≤ f(r_top) / ñ with f(r) = Σ r (n_out + n_in − r), the degrees of freedom of an update of rank r,
                    r_top the ladder's largest rank and ñ the lower median of the eligible clients' examples
 
@@ -22,12 +18,13 @@ Why this rule for data: estimating a rank-r matrix from n examples has an error 
 2011), so nobody fits more noise per example than the typical client does at the largest rank. The median, not the mean:
 one very large client must not push all others down the ladder.
 
-What an accepted job of this run cost replaces the estimates. With m its rank: memory is its peak plus the difference of the
-rank's own terms; a step takes its median times F(r) / F(m); the link has the speeds that were reached. Such a job also proves
-that the client can take part, so no estimate makes it drop out afterwards.
+The time of a job is no consideration: a step takes nearly as long at any rank, so a deadline is met by fewer steps.
 
-Monotone: more memory, speed or link never lowers a rank. More examples raise what the data carry, and also the steps of
-a job: where time binds they can lower the rank.
+What an accepted job of this run cost replaces the estimates: memory is its peak plus the difference of the rank's own
+terms; the link has the speeds that were reached. Such a job also proves that the client can take part, so no estimate makes
+it drop out afterwards.
+
+Monotone: more memory, link or examples never lower a rank.
 """
 
 from __future__ import annotations
@@ -36,11 +33,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from coordinator.ranks import Candidate, Policy, Population, examples, layout, owner_words, slice_bytes
+from coordinator.ranks import Candidate, Policy, Population, examples, layout, link_seconds, owner_words, speeds
 from protocol.plan import CausalLM, Dtype, Plan, Share
 from protocol.views import RankView
 
@@ -63,21 +59,14 @@ class Demand:
 
 
 class Capacity(Policy):
-    """Give every client the largest rank that its memory, link, time and data carry.
+    """Give every client the largest rank that its memory, link and data carry.
 
     A rank falls at once when it no longer fits, and rises only where the higher one fits with head-room.
     """
 
     memory_share: Share = Field(default=0.9, description="share of the memory that the client offers that a job may fill")
     link_share: Share = Field(default=0.25, description="share of the job's time that slices may take on the link")
-    time_share: Share = Field(default=0.75, description="share of the job's time that training may take")
     head_room: float = Field(default=0.25, ge=0, le=10, description="what must be to spare before a rank rises: 0.25 is 25 %")
-
-    @model_validator(mode="after")
-    def _one_job(self) -> Self:
-        if self.link_share + self.time_share > 1:
-            raise ValueError(f"link and training share a job's time; {self.link_share:g} and {self.time_share:g} are more than all of it")
-        return self
 
     def obstacle(self, plan: Plan, candidate: Candidate, rungs: Sequence[int]) -> str | None:
         """What not even the smallest rung fits, unless an accepted job of this run has shown that it does."""
@@ -110,15 +99,11 @@ class Capacity(Policy):
         elif owned is not None:
             why = owner_words(candidate.profile)
         else:
-            why = "the ladder's largest rank fits the client's memory, link, time and data"
+            why = "the ladder's largest rank fits the client's memory, link and data"
         return RankView(rank=rank, reason=f"{rank}: {why}", limits={"owner": owned, **limits})
 
     def _machine(self, plan: Plan, candidate: Candidate) -> list[Demand]:
-        return [
-            _memory(plan, candidate, self.memory_share),
-            _link(plan, candidate, self.link_share),
-            _time(plan, candidate, self.time_share),
-        ]
+        return [_memory(plan, candidate, self.memory_share), _link(plan, candidate, self.link_share)]
 
 
 def _least(demands: Sequence[Demand], rungs: Sequence[int], spare: float = 0.0) -> int:
@@ -149,36 +134,11 @@ def _memory(plan: Plan, candidate: Candidate, share: float) -> Demand:
 
 
 def _link(plan: Plan, candidate: Candidate, share: float) -> Demand:
-    profile, usage = candidate.profile, candidate.measured.usage if candidate.measured else None
-    down, up = profile.down_bytes_per_second, profile.up_bytes_per_second
-    if usage and usage.download_bytes and usage.download_seconds:
-        down = usage.download_bytes / usage.download_seconds
-    if usage and usage.upload_bytes and usage.upload_seconds:
-        up = usage.upload_bytes / usage.upload_seconds
-    seconds_per_byte = sum(1 / speed for speed in (down, up) if speed)
-    speeds = ", ".join(f"{_bytes(speed)}/s {way}" for speed, way in ((down, "down"), (up, "up")) if speed)
-    words = f"the link ({speeds}) carries at most rank {{rank}} in {_percent(share)} of the job's time"
-    budget = share * plan.times.job if speeds else math.inf
-    return Demand("link", lambda rank: seconds_per_byte * slice_bytes(plan, rank), budget, words, _seconds)
-
-
-def _time(plan: Plan, candidate: Candidate, share: float) -> Demand:
-    training, task, base = plan.training, plan.task, layout(plan).base
-    used = base.parameters if isinstance(task, CausalLM) else max(0, base.parameters - base.vocabulary * base.hidden)
-
-    def operations(rank: int) -> float:
-        """Floating-point operations of one optimiser step."""
-        return training.batch_size * training.accumulate * task.max_length * (4 * used + 6 * layout(plan).numbers(rank))
-
-    steps = training.steps(examples(plan, candidate))
-    measured = candidate.measured
-    step = measured.usage.step_seconds if measured else None
-    if measured and step:
-        pace, source = step / operations(measured.rank), f"of {_seconds(step)} measured at rank {measured.rank}"
-    else:
-        pace, source = 1 / candidate.profile.training_flops, "estimated"
-    words = f"the machine's speed ({steps} steps {source}) allows at most rank {{rank}} in {_percent(share)} of the job's time"
-    return Demand("time", lambda rank: steps * pace * operations(rank), share * plan.times.job, words, _seconds)
+    known = [(speed, way) for speed, way in zip(speeds(candidate), ("down", "up"), strict=True) if speed]
+    shown = ", ".join(f"{_bytes(speed)}/s {way}" for speed, way in known)
+    words = f"the link ({shown}) carries at most rank {{rank}} in {_percent(share)} of the job's time"
+    budget = share * plan.times.job if known else math.inf
+    return Demand("link", lambda rank: link_seconds(plan, candidate, rank), budget, words, _seconds)
 
 
 def _data(plan: Plan, candidate: Candidate, population: Population) -> Demand:

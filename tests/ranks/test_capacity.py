@@ -18,7 +18,7 @@ LADDER = [2, 4, 8, 16]
 
 # the estimate for rank 2 is 405.12 MB, for rank 16 405.20 MB, of which 90 % may be used; a quarter more with head-room
 memories = st.integers(450_100_000, 450_300_000) | st.integers(449_000_000, 570_000_000)
-speeds = st.floats(1e6, 1e10)
+speeds = st.floats(1e6, 1e10)  # at the slowest, a step takes five times as long as a job may
 links = st.floats(100, 20_000)
 rows = st.integers(0, 400)
 previous = st.sampled_from([None, *LADDER])
@@ -31,8 +31,8 @@ def choose(candidate: Candidate, plan: Plan | None = None, population: Populatio
 def test_a_client_that_can_do_everything_gets_the_largest_rank() -> None:
     view = choose(make_candidate())
     assert view.rank == 16
-    assert view.reason == "16: the ladder's largest rank fits the client's memory, link, time and data"
-    assert view.limits == {"owner": None, "memory": 16, "link": None, "time": 16, "data": 16}
+    assert view.reason == "16: the ladder's largest rank fits the client's memory, link and data"
+    assert view.limits == {"owner": None, "memory": 16, "link": None, "data": 16}
 
 
 def test_memory_holds_base_activations_and_optimiser_state() -> None:
@@ -100,19 +100,11 @@ def test_a_download_that_was_not_needed_says_nothing_of_the_link() -> None:
     assert choose(make_candidate(link=1e9, measured=make_measured(16, download_bytes=0, download_seconds=0.5))).rank == 16
 
 
-def test_training_takes_steps_of_so_many_operations_each() -> None:
-    # ten steps of 8 · 16 tokens of 4 · (10⁶ − 1000 · 64) + 6 · 256 · rank operations, in 75 s
-    operations = 10 * 128 * (4 * 936_000 + 6 * 256 * 8)
-    view = choose(make_candidate(speed=operations / 75 * 1.0001))
-    assert view.rank == 8
-    assert view.reason == "8: the machine's speed (10 steps estimated) allows at most rank 8 in 75 % of the job's time"
-    assert choose(make_candidate(speed=operations / 75 * 0.9999)).rank == 4
-
-
-def test_the_measured_step_replaces_the_declared_speed() -> None:
-    view = choose(make_candidate(speed=1e12, measured=make_measured(4, step_seconds=7.5)))
-    assert view.rank == 4
-    assert view.reason == ("4: the machine's speed (10 steps of 7.5 s measured at rank 4) allows at most rank 4 in 75 % of the job's time")
+def test_a_slow_machine_keeps_its_rank_and_takes_fewer_steps() -> None:
+    """A deadline is met by fewer steps: a step takes nearly as long at any rank."""
+    slow = make_candidate(speed=1e7)
+    assert choose(slow).rank == 16
+    assert 1 <= ranks.steps_within(make_plan(), slow, 16, 100) < 10
 
 
 def test_fewer_examples_than_the_typical_client_support_a_smaller_rank() -> None:
@@ -159,7 +151,6 @@ def test_a_client_with_as_many_examples_as_all_others_can_rise() -> None:
     [
         (make_candidate(memory=1_000_000), "memory: it needs 405 MB, and 900 kB may be used"),
         (make_candidate(link=10), "link: it needs 514 s, and 25 s may be used"),
-        (make_candidate(speed=1e6), "time: it needs 4.8e+03 s, and 75 s may be used"),
     ],
 )
 def test_a_client_that_not_even_the_smallest_rank_fits_is_told_why(candidate: Candidate, reason: str) -> None:
@@ -170,11 +161,6 @@ def test_an_accepted_job_proves_that_the_smallest_rank_fits() -> None:
     candidate = make_candidate(memory=1_000_000, measured=make_measured(4, peak_memory_bytes=2_000_000))
     assert ranks.fits(make_plan(), candidate) is None
     assert choose(candidate).rank == 2
-
-
-def test_link_and_training_cannot_both_have_the_whole_job() -> None:
-    with pytest.raises(errors.InvalidPlan, match="share a job's time"):
-        ranks.check(make_plan(options={"link_share": 0.5, "time_share": 0.6}).ranks)
 
 
 def test_a_plan_without_layout_must_be_resolved_first() -> None:
@@ -203,18 +189,17 @@ def test_more_memory_speed_and_link_never_lower_a_rank(
 
 @given(memories, links, rows, rows, previous)
 @settings(deadline=None, max_examples=60)
-def test_more_examples_never_lower_a_rank_where_time_is_ample(memory: int, link: float, n1: int, n2: int, before: int | None) -> None:
+def test_more_examples_never_lower_a_rank(memory: int, link: float, n1: int, n2: int, before: int | None) -> None:
     few, many = sorted((n1, n2))
-    assert rank_of(memory, 1e15, link, few, before) <= rank_of(memory, 1e15, link, many, before)
+    assert rank_of(memory, 1e10, link, few, before) <= rank_of(memory, 1e10, link, many, before)
 
 
-@given(memories, speeds, links, rows, st.floats(1e-3, 10), st.floats(1e-3, 10), st.integers(1_000_000, 9_000_000), previous)
+@given(memories, st.floats(1e8, 1e12), st.floats(1e8, 1e12), links, rows, previous)
 @settings(deadline=None, max_examples=60)
-def test_a_slower_measured_step_never_raises_a_rank(
-    memory: int, speed: float, link: float, examples: int, t1: float, t2: float, peak: int, before: int | None
+def test_a_machines_speed_is_no_matter_of_its_rank(
+    memory: int, s1: float, s2: float, link: float, examples: int, before: int | None
 ) -> None:
-    fast, slow = (make_measured(4, step_seconds=t, peak_memory_bytes=peak) for t in sorted((t1, t2)))
-    assert rank_of(memory, speed, link, examples, before, slow) <= rank_of(memory, speed, link, examples, before, fast)
+    assert rank_of(memory, s1, link, examples, before) == rank_of(memory, s2, link, examples, before)
 
 
 @given(memories, speeds, links, rows)

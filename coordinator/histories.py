@@ -1,0 +1,56 @@
+"""What clients have done in a run: the last rank of each, and what its last accepted job measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, func, select, tuple_
+from sqlalchemy.orm import Session
+
+from coordinator import ranks
+from coordinator.tables import Client, Job, Round
+from protocol.messages import Profile, Usage
+from protocol.states import JobKind, JobState
+
+
+@dataclass(frozen=True)
+class History:
+    """One client's part in a run so far."""
+
+    previous: int | None = None  # the last rank
+    measured: ranks.Measured | None = None
+
+
+NEW = History()
+
+
+def candidate(client: Client, profile: Profile, history: History) -> ranks.Candidate:
+    """The client as a rank policy sees it."""
+    return ranks.Candidate(name=client.name, labels=client.labels, profile=profile, measured=history.measured, previous=history.previous)
+
+
+def of_run(session: Session, run_id: str) -> dict[str, History]:
+    """The history of every client that was ever drawn, by its id."""
+    return _histories(session, Round.run_id == run_id)
+
+
+def of_client(session: Session, run_id: str, client_id: str) -> History:
+    """One client's history."""
+    return _histories(session, Round.run_id == run_id, Job.client_id == client_id).get(client_id, NEW)
+
+
+def _histories(session: Session, *which: ColumnElement[bool]) -> dict[str, History]:
+    measured = {
+        row.client_id: ranks.Measured(rank=row.rank, usage=Usage.model_validate(row.result["usage"]))
+        for row in _latest(session, *which, Job.state == JobState.accepted)
+        if row.result is not None
+    }
+    return {row.client_id: History(row.rank, measured.get(row.client_id)) for row in _latest(session, *which)}
+
+
+def _latest(session: Session, *which: ColumnElement[bool]) -> Sequence[Job]:
+    """The newest such training job of each client."""
+    mine = (Job.kind == JobKind.train, *which)
+    newest = select(func.max(Job.round_id), Job.client_id).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id)
+    return session.scalars(select(Job).where(Job.kind == JobKind.train, tuple_(Job.round_id, Job.client_id).in_(newest))).all()
