@@ -153,7 +153,7 @@ class Round(Base):
     merge_epoch: Mapped[int] = mapped_column(default=0)
     merge_until: Mapped[datetime | None]
     merge_seconds: Mapped[float | None]
-    adapter: Mapped[str | None] = mapped_column(String(71))
+    adapter: Mapped[str | None] = mapped_column(String(71), index=True)
     adapter_bytes: Mapped[int | None]
     energy: Mapped[Document | None]
     manifest: Mapped[Document | None] = mapped_column(deferred=True)  # long, and looked at only when somebody asks
@@ -193,7 +193,7 @@ class Job(Base):
     refusal: Mapped[str | None] = mapped_column(String(64))
     rank: Mapped[int]
     rank_view: Mapped[Document]
-    base: Mapped[str] = mapped_column(String(71))
+    base: Mapped[str] = mapped_column(String(71), index=True)
     base_bytes: Mapped[int]
     epoch: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime]
@@ -264,6 +264,16 @@ class Beat(Base):
     """When a coordinator was last at work: a single row."""
 
     __tablename__ = "beats"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+
+
+class Housekept(Base):
+    """When some coordinator last began to keep house: a single row, made with the table."""
+
+    __tablename__ = "housekeeping"
     __table_args__ = (CheckConstraint("id = 1", name="single"),)
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)

@@ -16,12 +16,14 @@ def upgrade() -> None:
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.add_column(sa.Column("counted_in", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True))
         batch_op.add_column(sa.Column("max_steps", sa.BigInteger(), nullable=True))
+        batch_op.create_index(batch_op.f("ix_jobs_base"), ["base"], unique=False)
         batch_op.create_index(batch_op.f("ix_jobs_counted_in"), ["counted_in"], unique=False)
         batch_op.create_foreign_key(batch_op.f("fk_jobs_counted_in"), "rounds", ["counted_in"], ["id"])
     op.execute("update jobs set counted_in = round_id where weight is not null")
 
     op.add_column("rounds", sa.Column("manifest", sa.JSON(), nullable=True))
     op.add_column("rounds", sa.Column("forgotten", sa.Boolean(), server_default=sa.false(), nullable=False))
+    op.create_index(op.f("ix_rounds_adapter"), "rounds", ["adapter"], unique=False)
 
     op.create_table(
         "beats",
@@ -36,6 +38,14 @@ def upgrade() -> None:
         sa.Column("at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_condemned")),
     )
+    op.create_table(
+        "housekeeping",
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.CheckConstraint("id = 1", name=op.f("ck_housekeeping_single")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_housekeeping")),
+    )
+    op.execute("insert into housekeeping (id, at) values (1, '1970-01-01 00:00:00')")
     op.create_table(
         "quarantine",
         sa.Column("id", sa.String(length=40), nullable=False),
@@ -78,12 +88,14 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("parts", "uploads", "quarantine", "condemned", "beats"):
+    for table in ("parts", "uploads", "quarantine", "housekeeping", "condemned", "beats"):
         op.drop_table(table)
+    op.drop_index(op.f("ix_rounds_adapter"), "rounds")
     op.drop_column("rounds", "forgotten")
     op.drop_column("rounds", "manifest")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("fk_jobs_counted_in"), type_="foreignkey")
         batch_op.drop_index(batch_op.f("ix_jobs_counted_in"))
+        batch_op.drop_index(batch_op.f("ix_jobs_base"))
         batch_op.drop_column("max_steps")
         batch_op.drop_column("counted_in")
