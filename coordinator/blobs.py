@@ -20,7 +20,7 @@ from typing import Self
 
 from obstore.exceptions import BaseError
 
-from coordinator.stores import Store, open_store
+from coordinator.stores import Store, open_store, room
 from protocol import errors
 from protocol.messages import BlobRef
 
@@ -61,7 +61,10 @@ class Blobs:
         return BlobRef(digest=digest, bytes=len(data))
 
     def put_file(self, path: Path, digest: str | None = None) -> BlobRef:
-        """Keep a file's bytes, a chunk in memory at a time. The digest is trusted where the caller has computed it."""
+        """Keep a file's bytes, a chunk in memory at a time. The digest is trusted where the caller has computed it.
+
+        Where it can, the store takes the very file under the blob's name too: nobody may write to it any more.
+        """
         digest = digest or file_digest(path)
         with _translated(digest):
             self._store.write(_key(digest), path)
@@ -116,6 +119,10 @@ class Blobs:
                 if match := _KEY.fullmatch(key):
                     yield StoredBlob(f"sha256:{match[1]}", size, modified)
 
+    def unfinished(self) -> Iterator[Path]:
+        """The files of puts that are under way or were cut off."""
+        return self._store.unfinished()
+
 
 def file_digest(path: Path) -> str:
     """The name of a file's bytes."""
@@ -132,7 +139,8 @@ def _key(digest: str) -> str:
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
     try:
-        yield
+        with room():
+            yield
     except FileNotFoundError:
         raise errors.NotFound(f"there is no blob {what}", digest=what) from None
     except (OSError, BaseError) as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ class Store(Protocol):
     def size(self, key: str) -> int: ...
     def delete(self, key: str) -> None: ...
     def entries(self) -> Iterator[tuple[str, int, datetime]]: ...
+    def unfinished(self) -> Iterator[Path]: ...
 
 
 def open_store(url: str) -> Store:
@@ -68,13 +70,20 @@ class Folder:
 
     def write(self, key: str, content: bytes | Path) -> None:
         path = self._root / key
-        with suppress(FileNotFoundError):
+        try:
             os.utime(path)
-            return
+        except FileNotFoundError:
+            if isinstance(content, bytes):
+                self._copy([content], path)
+            elif not _linked(content, path):
+                self._copy(_file_chunks(content, 0, content.stat().st_size, COPY), path)
+        _sync(path.parent)  # also where it was there: whoever put it may not have come as far as this
+
+    def _copy(self, chunks: Iterable[bytes], path: Path) -> None:
         handle, name = tempfile.mkstemp(dir=self._staging)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.writelines([content] if isinstance(content, bytes) else _file_chunks(content, 0, content.stat().st_size, COPY))
+                file.writelines(chunks)
                 file.flush()
                 os.fsync(file.fileno())
             # After the fsync: a name that is there stands for bytes that are there, even after a power cut.
@@ -82,7 +91,6 @@ class Folder:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _sync(path.parent)
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         with (self._root / key).open("rb") as file:
@@ -99,10 +107,14 @@ class Folder:
         (self._root / key).unlink()
 
     def entries(self) -> Iterator[tuple[str, int, datetime]]:
-        for path in (self._root / "sha256").iterdir():
-            with suppress(FileNotFoundError):  # deleted since the folder was read
-                facts = path.stat()
-                yield f"sha256/{path.name}", facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
+        with os.scandir(self._root / "sha256") as files:
+            for file in files:
+                with suppress(FileNotFoundError):  # deleted since the folder was read
+                    facts = file.stat()
+                    yield f"sha256/{file.name}", facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
+
+    def unfinished(self) -> Iterator[Path]:
+        return self._staging.iterdir()
 
 
 class Remote:
@@ -132,6 +144,9 @@ class Remote:
             for entry in page:
                 yield entry["path"], entry["size"], entry["last_modified"]
 
+    def unfinished(self) -> Iterator[Path]:
+        return iter(())  # parts of cut-off puts are the bucket's to expire
+
 
 def _file_chunks(path: Path, start: int, stop: int, size: int) -> Iterator[bytes]:
     with path.open("rb") as file:
@@ -140,8 +155,32 @@ def _file_chunks(path: Path, start: int, stop: int, size: int) -> Iterator[bytes
             yield file.read(min(size, stop - here))
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _linked(file: Path, path: Path) -> bool:
+    """Give a file's own bytes the name of the blob, durable first; False where the file system cannot, or is another."""
+    _sync(file)
+    os.utime(file)  # written long ago or not, as a blob it is young
+    try:
+        path.hardlink_to(file)
+    except FileExistsError:
+        return True  # somebody put the same bytes at this moment
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """Raises InsufficientStorage where a disk, or a share of it, is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise errors.InsufficientStorage("the coordinator's disk is full; try again when there is room") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

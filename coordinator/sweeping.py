@@ -1,23 +1,45 @@
 """Blobs that no row names are deleted, and never one that a row names, whoever puts, names and sweeps at the same time.
 
-    put → hold → row          whoever names a blob
-    condemned → deleted       the sweep
+    put → hold → row                    whoever names a blob
+    orphan → condemned → deleted        the sweep; each arrow is a transaction
 
-`hold` is called in the transaction that makes a row name a blob. That transaction and the one that condemns exclude each
-other; between being condemned and being gone a blob cannot be named; and a blob that is gone cannot be named before it
-was put again. So a row that was written names a blob that is there, and that nobody may delete while the row names it.
+1. A transaction that names a blob (`hold`) and one that condemns blobs never run at once, on either database. So whoever
+   condemns sees every row that is there, and whoever names sees every condemnation.
+2. A blob is deleted only while it is condemned, and by whoever holds the row that says so. So nothing is deleted between
+   a successful `hold` and the commit of the row, and after that the row itself protects the blob.
+3. A put may come just before the deletion and only renew what is about to go, and the `hold` that follows just after it,
+   when the blob is condemned no longer. Therefore `hold` looks whether the blob is there.
+
+A sweep that dies between two arrows leaves a condemned blob, deleted or not; the next one finishes it, and until then
+nobody can name it. How old an orphan must be is no part of this: it only spares those about to name one a second put.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import func, select
+from collections.abc import Collection, Iterable, Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from sqlalchemy import CursorResult, and_, delete, func, or_, select, union
 from sqlalchemy.orm import Session
 
-from coordinator.blobs import Blobs
-from coordinator.tables import Condemned
+from coordinator.blobs import Blobs, StoredBlob
+from coordinator.database import Database
+from coordinator.tables import Condemned, Job, Part, PublishedSlice, Quarantined, Round
 from protocol import errors
+from protocol.states import JobState, RoundState
 
 NAMING = 7260915  # PostgreSQL's advisory lock: shared by all who name blobs, exclusive for whoever condemns some
+BATCH = 500  # blobs looked at together; none of them can be named from being condemned until all of them are deleted
+
+
+def share(session: Session) -> None:
+    """Keep what is named when this is called from being condemned before this write transaction ends."""
+    # SQLite's writers exclude each other anyway. On PostgreSQL two transactions would not see each other's new rows.
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock_shared(NAMING)))
 
 
 def hold(session: Session, blobs: Blobs, *digests: str) -> None:
@@ -25,12 +47,101 @@ def hold(session: Session, blobs: Blobs, *digests: str) -> None:
 
     Raises Unavailable where one is being swept, or was swept since it was put; whoever has the bytes puts them again.
     """
-    # SQLite's writers exclude each other anyway. On PostgreSQL two transactions would not see each other's new rows.
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock_shared(NAMING)))
+    share(session)
     # A statement of its own, after the lock: it sees what was committed while the lock was waited for.
     condemned = session.scalar(select(Condemned.digest).where(Condemned.digest.in_(digests)).limit(1))
-    # Not condemned is not enough: a put renews an old blob just before it is deleted, and its name is free again after that.
     lost = condemned or next((digest for digest in digests if not blobs.exists(digest)), None)
     if lost is not None:
         raise errors.Unavailable(f"the blob {lost} is being swept or was swept away; put it again", digest=lost)
+
+
+def named(session: Session, digests: Collection[str]) -> set[str]:
+    """Which of these blobs some row needs.
+
+    What a round's manifest names is named by other rows too: its inputs by their jobs, its slices by theirs, and adapters
+    by their rounds, for ever. A round that was forgotten needs only its adapter.
+    """
+    kept = Round.forgotten.is_(False)
+    waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None), Round.state != RoundState.abandoned)
+    needed = or_(kept, waits, Job.state.in_((JobState.queued, JobState.leased)))
+    merged = Round.id == func.coalesce(Job.counted_in, Job.round_id)
+    return set(
+        session.scalars(
+            union(
+                select(Round.adapter).where(Round.adapter.in_(digests)),
+                select(PublishedSlice.digest)
+                .join(Round, PublishedSlice.round_id == Round.id)
+                .where(PublishedSlice.digest.in_(digests), kept),
+                select(Job.slice).join(Round, merged).where(Job.slice.in_(digests), needed),
+                select(Job.base).join(Round, merged).where(Job.base.in_(digests), needed),
+                select(Part.digest).where(Part.digest.in_(digests)),
+                select(Quarantined.digest).where(Quarantined.digest.in_(digests)),
+            )
+        )
+    )
+
+
+def orphans(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[StoredBlob]]:
+    """The blobs that were last put before a time and that no row names, a few at a time; an empty list for a few without any."""
+    old = (blob for blob in blobs.digests() if blob.modified < before)
+    while batch := list(islice(old, BATCH)):
+        with database.read() as session:
+            needed = named(session, [blob.digest for blob in batch])
+        yield [blob for blob in batch if blob.digest not in needed]
+
+
+def condemn(session: Session, digests: Collection[str], now: datetime) -> list[str]:
+    """Doom those of the blobs that nobody names, so that nobody will; gives which."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(NAMING)))
+    already = session.scalars(select(Condemned.digest).where(Condemned.digest.in_(digests)))
+    doomed = sorted(set(digests) - named(session, digests) - set(already))
+    session.add_all(Condemned(digest=digest, at=now) for digest in doomed)
+    return doomed
+
+
+def finish(database: Database, blobs: Blobs) -> list[str]:
+    """Delete what is condemned, also what an earlier sweep left; gives what was deleted here. Raises Unavailable."""
+    with database.read() as session:
+        doomed = session.scalars(select(Condemned.digest).order_by(Condemned.digest)).all()
+    return [digest for digest in doomed if _delete(database, blobs, digest)]
+
+
+def _delete(database: Database, blobs: Blobs, digest: str) -> bool:
+    with database.write() as session:
+        # Whoever takes the row out deletes the blob before that is committed: everybody else still sees it condemned.
+        taken = cast(CursorResult[Any], session.execute(delete(Condemned).where(Condemned.digest == digest))).rowcount == 1
+        if taken:
+            blobs.delete(digest)
+    return taken
+
+
+def sweep(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[StoredBlob]]:
+    """Delete the orphans that were last put before a time; gives them, a few at a time. Raises Unavailable."""
+    finish(database, blobs)
+    for batch in orphans(database, blobs, before):
+        found = {blob.digest: blob for blob in batch}
+        if found:
+            with database.write() as session:
+                condemn(session, found, database.clock(session))
+        yield [found[digest] for digest in finish(database, blobs) if digest in found] if found else []
+
+
+def leftovers(blobs: Blobs, spool: Path, before: datetime) -> Iterator[Path]:
+    """The files of puts and uploads that were cut off: last written before a time."""
+    for path in (*blobs.unfinished(), *spool.glob("upload-*")):
+        try:
+            facts = path.lstat()
+        except FileNotFoundError:  # finished since the folder was read
+            continue
+        if datetime.fromtimestamp(facts.st_mtime, UTC) < before:
+            yield path
+
+
+def clear(files: Iterable[Path]) -> int:
+    """Delete files; gives how many."""
+    count = 0
+    for path in files:
+        path.unlink(missing_ok=True)
+        count += 1
+    return count
