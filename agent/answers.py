@@ -11,7 +11,15 @@ from protocol import VERSION, errors
 from protocol.messages import Problem
 
 Body = TypeVar("Body", bound=BaseModel)
-BY_STATUS = {401: errors.Unauthenticated, 403: errors.Forbidden, 404: errors.NotFound, 413: errors.TooLarge}
+BY_STATUS = {
+    401: errors.Unauthenticated,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    408: errors.StalledBody,
+    409: errors.Conflict,
+    410: errors.Over,
+    413: errors.TooLarge,
+}
 
 
 def refusal(response: httpx.Response) -> errors.HLoRAError:

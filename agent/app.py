@@ -13,7 +13,8 @@ import torch
 from pydantic import SecretStr
 
 from agent import data, identity, machine, policy
-from agent.client import PATIENT, Client, Retry
+from agent.client import Client
+from agent.connection import PATIENT, Retry
 from agent.identity import Identity
 from agent.policy import Policy
 from agent.settings import Settings

@@ -11,7 +11,7 @@ import psutil
 from pydantic import SecretStr
 
 from agent import app, data, identity, machine, policy
-from agent.client import ONCE
+from agent.connection import ONCE
 from agent.data import Catalogue
 from agent.policy import Policy
 from agent.settings import Settings

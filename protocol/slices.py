@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from pydantic import Field, ValidationError
@@ -120,9 +123,16 @@ def tensors(slice: Slice, layout: Layout) -> Iterator[Tensor]:
         yield slice.full[name]
 
 
+def parts(slice: Slice, layout: Layout, dtype: Dtype) -> Iterator[bytes]:
+    """A slice's file, one tensor at a time. Equal slices give equal bytes."""
+    yield head(layout, slice.label, dtype)
+    for tensor in tensors(slice, layout):
+        yield numbers(tensor, dtype)
+
+
 def pack(slice: Slice, layout: Layout, dtype: Dtype) -> bytes:
-    """A slice's file. Equal slices give equal bytes."""
-    return head(layout, slice.label, dtype) + b"".join(numbers(t, dtype) for t in tensors(slice, layout))
+    """A slice's file in one piece."""
+    return b"".join(parts(slice, layout, dtype))
 
 
 def digest(data: bytes) -> str:
@@ -155,7 +165,7 @@ def read_header(start: bytes, length: int) -> Header:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != expected:
             raise errors.MalformedSlice(
-                f"{name} begins at byte {entry.start}; {expected} was expected: ranges must neither overlap nor leave gaps"
+                f"{name[:200]} begins at byte {entry.start}; {expected} was expected: ranges must neither overlap nor leave gaps"
             )
         expected = entry.stop
     if expected != length:
@@ -178,8 +188,9 @@ def _label(metadata: object) -> Label:
         return Label.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(x) for x in first["loc"])
-        raise errors.MalformedSlice(f"the label's {where or 'text'} is wrong: {first['msg']}") from None
+        where = ".".join(str(x) for x in first["loc"])[:200] or "text"
+        # A key of the sender's own may be no text: it could neither be told to anybody nor stored.
+        raise errors.MalformedSlice(f"the label's {where if where.isprintable() else ascii(where)} is wrong: {first['msg']}") from None
 
 
 _SIZES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -197,27 +208,45 @@ def _entry(name: str, entry: object, data: int) -> Entry:
         raise errors.MismatchedSlice(f"{name[:200]} is {dtype[:20]!r}; {', '.join(_SIZES)} were expected")
     if not all(type(n) is int and 0 <= n < 2**40 for n in (*shape, start, stop)) or start > stop or len(shape) > 8:
         raise errors.MalformedSlice(f"the header's entry of {name[:200]} has impossible numbers")
-    count = 1
-    for n in shape:
-        count *= n
-    if stop - start != count * _SIZES[dtype]:
+    if math.prod(n for n in shape if n) >= 2**40:  # a zero beside it makes it no smaller for torch, which counts its strides
+        raise errors.MalformedSlice(f"the header's entry of {name[:200]} has an impossible shape")
+    if stop - start != math.prod(shape) * _SIZES[dtype]:
         raise errors.MalformedSlice(f"{name[:200]} has shape {shape} of {dtype} but {stop - start} bytes")
     return Entry(dtype=dtype, shape=tuple(shape), start=data + start, stop=data + stop)
 
 
 def decode(data: bytes | bytearray | memoryview, entry: Entry) -> Tensor:
     """One tensor from its bytes, in the dtype in which it travelled; shares memory with nothing."""
-    dtype = TORCH_DTYPES[next(d for d, name in WIRE_NAMES.items() if name == entry.dtype)]
-    if not len(data):
-        return torch.empty(entry.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry.shape)
+    return _seen(memoryview(bytearray(data)), entry)
 
 
 def unpack(data: bytes) -> Slice:
     """A slice from its file's bytes. Raises MalformedSlice, or MismatchedSlice for tensors that no slice has."""
-    header = read_header(data, len(data))
-    view = memoryview(data)
-    found = {name: decode(view[e.start : e.stop], e) for name, e in header.entries.items()}
+    header, view = read_header(data, len(data)), memoryview(data)
+    return _assembled(header.label, {name: decode(view[e.start : e.stop], e) for name, e in header.entries.items()})
+
+
+def read_file(file: Path) -> Slice:
+    """A slice whose numbers stay in its file until they are looked at; the file may lose its name meanwhile, but not change.
+
+    Raises MalformedSlice, or MismatchedSlice for tensors that no slice has.
+    """
+    with file.open("rb") as opened:
+        if not (length := file.stat().st_size):
+            raise errors.MalformedSlice(f"{file} is empty")
+        data = memoryview(mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_COPY))  # torch wants what could be written to
+    size = int.from_bytes(data[:8], "little")
+    header = read_header(bytes(data[: 8 + min(size, length)]), length)
+    return _assembled(header.label, {name: _seen(data[e.start : e.stop], e) for name, e in header.entries.items()})
+
+
+def _seen(data: memoryview, entry: Entry) -> Tensor:
+    """One tensor where its bytes are."""
+    dtype = TORCH_DTYPES[next(d for d, name in WIRE_NAMES.items() if name == entry.dtype)]
+    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape) if len(data) else torch.empty(entry.shape, dtype=dtype)
+
+
+def _assembled(label: Label, found: Mapping[str, Tensor]) -> Slice:
     factors: dict[str, Factors] = {}
     full: dict[str, Tensor] = {}
     for name, tensor in found.items():
@@ -230,4 +259,4 @@ def unpack(data: bytes) -> Slice:
                 full[tensor_name] = tensor
             case _:
                 raise errors.MismatchedSlice(f"{name[:200]} is no tensor of a slice")
-    return Slice(label=header.label, factors=factors, full=full)
+    return Slice(label=label, factors=factors, full=full)

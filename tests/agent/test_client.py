@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from agent.client import Client, Retry
+from agent.client import Client
+from agent.connection import Retry
 from protocol import VERSION, errors
 from protocol.messages import BlobRef, Enrol, GiveBack, Profile, Progress
 
@@ -195,13 +196,13 @@ async def test_a_slice_that_is_not_there_is_not_asked_for_again(tmp_path: Path) 
     assert len(server.asked) == 1
 
 
-async def test_a_slice_is_sent_from_its_file_with_epoch_length_and_digest_as_often_as_needed(tmp_path: Path) -> None:
+async def test_a_small_slice_is_sent_in_one_piece_with_epoch_length_and_digest(tmp_path: Path) -> None:
     (tmp_path / "slice").write_bytes(DATA)
-    server = Server([AWAY, JSONResponse({"digest": REF.digest, "bytes": REF.bytes})])
+    server = Server([JSONResponse({"digest": REF.digest, "bytes": REF.bytes})])
     async with server.client() as client:
         assert (await client.put_slice("job-1", 4, REF, tmp_path / "slice")).digest == REF.digest
-    assert server.bodies == [DATA, DATA]
-    headers = server.asked[1].headers
+    assert server.bodies == [DATA]
+    headers = server.asked[0].headers
     assert headers["lease-epoch"] == "4"
     assert headers["content-length"] == str(len(DATA))
     assert "transfer-encoding" not in headers

@@ -1,0 +1,183 @@
+"""Slices on their way: a connection that is cut at any byte costs no more than the bytes that were on it.
+
+Files are read and written a block at a time, so that memory does not grow with the slice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from agent import durable
+from agent.answers import read, refusal
+from agent.connection import ANSWER_SECONDS, Connection
+from protocol import errors
+from protocol.messages import BlobRef, SliceReceipt
+
+BLOCK = 256 << 10  # bytes of a file read at a time
+PART = 8 << 20  # bytes of a slice sent in one request, while the link is good; a smaller slice goes in one piece
+SMALLEST_PART = 64 << 10
+CHECKING_SECONDS = 300.0  # the coordinator checks and stores a whole slice before it answers
+Moved = Callable[[int], None]  # hears how many of the slice's bytes have gone or come
+
+
+def silent(_: int) -> None:
+    """Nobody listens."""
+
+
+@dataclass
+class Download:
+    """Immutable bytes on their way into a file. What has come stays beside it as `.part`, also when the process ends."""
+
+    connection: Connection
+    ref: BlobRef
+    file: Path
+    moved: Moved = silent
+    fetched: int = 0  # bytes that came over the network
+
+    async def run(self) -> int:
+        """Fetch what is still lacking; gives the bytes that travelled. The file is there only when it is whole and right.
+
+        Raises DigestMismatch, NotFound, InsufficientStorage, Unavailable.
+        """
+        if await self._right(self.file):
+            return 0
+        await self.connection.repeat(self._once, moved=self._have)
+        return self.fetched
+
+    @property
+    def part(self) -> Path:
+        """What has come so far."""
+        return self.file.with_name(self.file.name + ".part")
+
+    def _have(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    async def _once(self) -> None:
+        if self._have() < self.ref.bytes:
+            await self._fetch(self._have())
+        if not await self._right(self.part):
+            came = self._have()
+            self.part.unlink(missing_ok=True)
+            raise errors.DigestMismatch(f"{self.ref.digest} should have {self.ref.bytes} bytes; {came} came, or their digest is another")
+        await asyncio.to_thread(durable.settle, self.part, self.file)
+
+    async def _fetch(self, start: int) -> None:
+        asked = {"Range": f"bytes={start}-", "If-Range": f'"{self.ref.digest}"'} if start else {}
+        async with self.connection.stream(f"/v1/blobs/{self.ref.digest}", {"Accept-Encoding": "identity", **asked}) as response:
+            if not response.is_success:
+                await response.aread()
+                raise refusal(response)
+            if not _continues(response, start):
+                start = 0
+            with durable.room_for(self.part), durable.opened(self.part, "ab" if start else "wb") as stream:
+                async for block in response.aiter_raw():
+                    stream.write(block)
+                    start, self.fetched = start + len(block), self.fetched + len(block)
+                    if start > self.ref.bytes:
+                        return
+                    self.moved(start)
+
+    async def _right(self, file: Path) -> bool:
+        return await asyncio.to_thread(durable.holds, file, self.ref)
+
+
+def _continues(response: httpx.Response, start: int) -> bool:
+    """Whether the body goes on where the file ends; otherwise it begins at the beginning."""
+    return response.status_code == 206 and re.match(rf"bytes {start}-", response.headers.get("Content-Range", "")) is not None
+
+
+@dataclass
+class Upload:
+    """A trained slice on its way to the coordinator: in one piece if it is small, otherwise in parts from an offset."""
+
+    connection: Connection
+    path: str
+    epoch: int
+    ref: BlobRef
+    file: Path
+    moved: Moved = silent
+    again: bool = False  # something of it may be there already
+    size: int = PART  # bytes of the next part: half as many after a failure, twice as many after a success
+    furthest: int = 0  # bytes that the coordinator has acknowledged
+
+    async def run(self) -> SliceReceipt:
+        """Send what the coordinator lacks.
+
+        Raises StaleLease, JobOver, NotFound; an InvalidSlice; Unavailable when nothing moves any more.
+        """
+        return await self.connection.repeat(self._once, moved=lambda: self.furthest)
+
+    async def _once(self) -> SliceReceipt:
+        if self.ref.bytes <= PART and not self.again:
+            self.again = True
+            return read(await self._send("PUT", 0, self.ref.bytes, {}), SliceReceipt)
+        self.again = True
+        at = await self._stands()
+        while isinstance(at, int):
+            at = await self._part(at)
+        return at
+
+    async def _stands(self) -> int | SliceReceipt:
+        """How many bytes the coordinator has; the receipt, if it has them all and has found them good."""
+        try:
+            answer = await self.connection.once("HEAD", self.path, headers={"Lease-Epoch": str(self.epoch)})
+        except errors.Conflict:  # such an answer has no body to say which
+            raise errors.StaleLease("somebody else holds the job now") from None
+        except errors.Over:
+            raise errors.JobOver("the job has ended") from None
+        if answer.headers.get("Repr-Digest", self._digest) != self._digest:
+            return 0  # of another training; it gives way to this one
+        if answer.headers.get("Upload-Complete") == "?1":
+            return SliceReceipt(digest=self.ref.digest, bytes=self.ref.bytes)
+        return _offset(answer, self.ref.bytes)
+
+    async def _part(self, start: int) -> int | SliceReceipt:
+        count = min(self.size, self.ref.bytes - start)
+        try:
+            answer = await self._send("PATCH", start, count, {"Upload-Offset": str(start), "Upload-Length": str(self.ref.bytes)})
+        except errors.OffsetMismatch as error:
+            raise errors.OffsetMismatch(error.detail, retryable=True) from None  # it is asked where the upload stands
+        except (errors.HLoRAError, httpx.TransportError):
+            self.size = max(SMALLEST_PART, self.size // 2)
+            raise
+        self.size = min(PART, self.size * 2)
+        self.furthest = max(self.furthest, start + count)
+        return _offset(answer, self.ref.bytes) if answer.status_code == 204 else read(answer, SliceReceipt)
+
+    async def _send(self, method: str, start: int, count: int, headers: dict[str, str]) -> httpx.Response:
+        own = {"Lease-Epoch": str(self.epoch), "Content-Length": str(count), "Content-Type": "application/octet-stream"}
+        last = start + count == self.ref.bytes
+        return await self.connection.once(
+            method,
+            self.path,
+            content=self._blocks(start, count),
+            headers={**own, "Repr-Digest": self._digest, **headers},
+            patience=CHECKING_SECONDS if last else ANSWER_SECONDS,
+        )
+
+    async def _blocks(self, start: int, count: int) -> AsyncIterator[bytes]:
+        with self.file.open("rb") as stream:
+            stream.seek(start)
+            while count and (block := stream.read(min(BLOCK, count))):
+                count -= len(block)
+                yield block
+                self.moved(stream.tell())
+
+    @property
+    def _digest(self) -> str:
+        return f"sha-256=:{base64.b64encode(bytes.fromhex(self.ref.digest.removeprefix('sha256:'))).decode()}:"
+
+
+def _offset(answer: httpx.Response, length: int) -> int:
+    """How many bytes the coordinator says that it has. Raises Unavailable if it says nothing that can be."""
+    text = answer.headers.get("Upload-Offset", "")
+    if not text.isdigit() or int(text) >= length:
+        raise errors.Unavailable(f"the coordinator says that it has {text or 'an unknown number of'} bytes of {length}; it is asked again")
+    return int(text)
