@@ -20,7 +20,8 @@ from coordinator.conductor import Conductor
 from coordinator.context import Context
 from coordinator.database import Clock, Database, database_clock
 from coordinator.executors import open_executor
-from coordinator.routes import agents, fleet, pages, runs
+from coordinator.relay import relaying
+from coordinator.routes import agents, fleet, pages, runs, slices
 from coordinator.settings import Settings
 from protocol import VERSION, errors
 
@@ -48,7 +49,7 @@ def create_app(context: Context) -> FastAPI:
     app = FastAPI(title="HLoRA coordinator", version=VERSION, description=DESCRIPTION, lifespan=_conducting)
     app.state.context = context
     problems.install(app)
-    for router in (agents.router, runs.reading, runs.changing, fleet.reading, fleet.changing, pages.public, pages.reading):
+    for router in (agents.router, slices.router, runs.reading, runs.changing, fleet.reading, fleet.changing, pages.public, pages.reading):
         app.include_router(router)
     app.add_middleware(BodyLimit, limit=context.settings.json_limit_bytes)
     return app
@@ -59,14 +60,15 @@ async def _conducting(app: FastAPI) -> AsyncIterator[None]:
     parts: Context = app.state.context
     stop = threading.Event()
     thread = threading.Thread(target=parts.conductor.run, args=(stop, parts.settings.tick_seconds), name="conductor")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        parts.bell.close()
-        thread.join()
-        parts.close()
+    with relaying(parts.database.engine, parts.bell):
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            parts.bell.close()
+            thread.join()
+    parts.close()
 
 
 class BodyLimit:

@@ -1,4 +1,4 @@
-"""The life of a job, seen from the client that holds it: taken, renewed, given back, answered.
+"""The life of a job, seen from the client that holds it: renewed, given back, answered.
 
     queued → leased → submitted → accepted
        │        ├──→ expired (lease lost)       ──┐ taken up again by the same client,
@@ -11,25 +11,24 @@ that no two holders of one job can both succeed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, select, update
+from sqlalchemy import ColumnElement, CursorResult, and_, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import clients, events, sweeping
 from coordinator.blobs import Blobs
-from coordinator.tables import Client, Job, Round, Run
+from coordinator.tables import Job, Round, Run
 from protocol import errors, messages
 from protocol.checks import Expected
 from protocol.messages import Progress, Renewal, Result, Verdict
 from protocol.plan import Plan
 from protocol.slices import largest_length
-from protocol.states import ClientState, JobKind, JobState, RunState
+from protocol.states import JobKind, JobState, RunState
 
 ACTIVE = (JobState.queued, JobState.leased)
 FETCHES = 100  # a client that says it fetched its slice more often is not believed: views add these bytes up
@@ -43,73 +42,6 @@ def _parsed(text: str) -> Plan:
 def plan_of(run: Run) -> Plan:
     """A run's plan; plans never change, so parsing one again is saved."""
     return _parsed(json.dumps(run.plan))
-
-
-def seed(plan: Plan, round: int, client: str, kind: str) -> int:
-    """The seed of a job: the same for the same plan, round and client name, whatever else happened."""
-    return int.from_bytes(hashlib.sha256(f"{plan.seed}/{round}/{client}/{kind}".encode()).digest()[:6], "big")
-
-
-def next_for(session: Session, client_id: str, now: datetime) -> messages.Job | None:
-    """Give the client its next job under a fresh lease; the one it holds already, if its last answer was lost."""
-    client = clients.get(session, client_id)
-    if client.state != ClientState.active:
-        return None
-    query = (
-        select(Job, Round, Run)
-        .join(Round, Job.round_id == Round.id)
-        .join(Run, Round.run_id == Run.id)
-        .where(Job.client_id == client_id, Job.state.in_(ACTIVE), Run.state == RunState.running)
-        .order_by(Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
-        .with_for_update(of=Job, key_share=True)  # a job that ends at this moment is not revived
-    )
-    found = session.execute(query).first()
-    return None if found is None else _lease(session, client, *found, now)
-
-
-def waiting(session: Session, client_id: str) -> bool:
-    """Whether there may be a job for the client: a look that changes nothing."""
-    query = select(Job.id).where(Job.client_id == client_id, Job.state.in_(ACTIVE)).limit(1)
-    return session.scalar(query) is not None
-
-
-def _lease(session: Session, client: Client, job: Job, round: Round, run: Run, now: datetime) -> messages.Job:
-    plan = plan_of(run)
-    if job.state == JobState.queued:
-        job.deadline = min(job.deadline, now + timedelta(seconds=plan.times.job))
-    job.state, job.epoch = JobState.leased, job.epoch + 1
-    job.lease_until = now + timedelta(seconds=plan.times.lease)
-    job.progress, job.progress_at = None, now
-    client.last_seen = now
-    session.flush()
-    return _message(plan, client, job, round, run, now)
-
-
-def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, now: datetime) -> messages.Job:
-    assert plan.layout is not None, "a plan without layout is refused when the run is made"
-    kind = JobKind(job.kind)
-    return messages.Job(
-        id=job.id,
-        run=run.id,
-        run_name=run.name,
-        round=round.number,
-        kind=kind,
-        rank=job.rank,
-        rank_reason=job.rank_view["reason"],
-        scale=plan.adapter.scale(job.rank),
-        seed=seed(plan, round.number, client.name, kind),
-        slice=messages.BlobRef(digest=job.base, bytes=job.base_bytes),
-        lease=messages.Lease(epoch=job.epoch, seconds=plan.times.lease, no_progress_seconds=plan.times.no_progress),
-        remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
-        max_upload_bytes=largest_length(plan.layout, job.rank, plan.wire),
-        model=plan.model,
-        task=plan.task,
-        data=plan.data,
-        adapter=plan.adapter,
-        layout=plan.layout,
-        training=plan.training,
-        wire=plan.wire,
-    )
 
 
 def _own(session: Session, client_id: str, job_id: str) -> Job:
@@ -138,12 +70,15 @@ def _held(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
     return job
 
 
+def held(client_id: str, job_id: str, epoch: int) -> ColumnElement[bool]:
+    """The condition of every write to a job: that the client holds it, at that epoch."""
+    return and_(Job.id == job_id, Job.client_id == client_id, Job.epoch == epoch, Job.state == JobState.leased)
+
+
 def _advance(session: Session, client_id: str, job_id: str, epoch: int, **values: object) -> None:
     """Change a held job in one statement; whoever lost the lease meanwhile gets the reason. Raises NotFound, StaleLease, JobOver."""
-    held = (Job.id == job_id, Job.client_id == client_id, Job.epoch == epoch, Job.state == JobState.leased)
-    changed = cast(
-        CursorResult[Any], session.execute(update(Job).where(*held).values(**values).execution_options(synchronize_session=False))
-    )
+    change = update(Job).where(held(client_id, job_id, epoch)).values(**values)
+    changed = cast(CursorResult[Any], session.execute(change.execution_options(synchronize_session=False)))
     session.expire_all()
     if changed.rowcount == 0:
         _held(session, client_id, job_id, epoch)

@@ -45,6 +45,7 @@ STATUSES: Mapping[type[HLoRAError], HTTPStatus] = {
 _HEADERS: Mapping[type[HLoRAError], Mapping[str, str]] = {
     errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="hlora"'},
     errors.Unavailable: {"Retry-After": "2"},
+    errors.StalledBody: {"Connection": "close"},  # the rest of the body may still come, for ever
 }
 
 
@@ -130,7 +131,14 @@ async def _of_framework(_: Request, error: Exception) -> JSONResponse:
 
 async def _of_database(_: Request, error: Exception) -> JSONResponse:
     log.warning("database-unavailable", reason=str(error))
+    if isinstance(error, OperationalError) and _is_full(error):
+        return answer(errors.InsufficientStorage("the database's disk is full; try again when there is room"))
     return answer(errors.Unavailable("the database does not answer now; try again"))
+
+
+def _is_full(error: OperationalError) -> bool:
+    """Whether SQLite or PostgreSQL says that its disk is full."""
+    return getattr(error.orig, "sqlite_errorname", None) == "SQLITE_FULL" or getattr(error.orig, "sqlstate", None) == "53100"
 
 
 async def _of_data(_: Request, error: Exception) -> JSONResponse:

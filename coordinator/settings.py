@@ -29,6 +29,7 @@ class Settings(BaseSettings):
         description="contributions and slices of rounds older than a run's last so many published ones are given up; "
         "global adapters stay; by default nothing is",
     )
+    stall_seconds: float = Field(default=30.0, gt=0, description="a slice of which no byte comes for so long is waited for no longer")
     json_limit_bytes: int = Field(default=8 * 2**20, ge=2**16, description="longest JSON body")
     log_json: bool = Field(default=False, description="logs as JSON lines instead of text")
     crash_at: str | None = Field(

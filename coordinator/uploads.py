@@ -1,20 +1,22 @@
 """A slice on its way in: spooled to disk while it is counted and hashed, then checked before it may count.
 
 Nothing of it is believed: its length is bounded by what the job asked for, its header is read with limits, and its
-numbers are looked at one tensor at a time.
+numbers are looked at one tensor at a time. A body that ends early is not lost: what came of it is there, with the reason.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import re
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
@@ -22,57 +24,142 @@ from starlette.requests import ClientDisconnect
 from coordinator.blobs import Blobs
 from coordinator.jobs import Upload
 from coordinator.reading import open_file, open_slice
+from coordinator.stores import room
 from protocol import checks, errors
+
+BATCH = 1 << 18  # bytes of a body that are collected in memory before they are written
 
 
 @dataclass(frozen=True)
 class Spooled:
-    """A body that came whole."""
+    """Bytes that came."""
 
     path: Path
     length: int
     digest: str
+    fault: errors.HLoRAError | None = None  # why no more came, though more was announced
+
+
+class _Spool:
+    """A file that knows the digest of what was written to it."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._hash, self._length = hashlib.sha256(), 0
+
+    def write(self, chunks: Iterable[bytes]) -> None:
+        for chunk in chunks:
+            self._hash.update(chunk)
+            self._length += self._file.write(chunk)
+
+    def end(self, fault: errors.HLoRAError | None = None) -> Spooled:
+        self._file.flush()
+        return Spooled(self._path, self._length, f"sha256:{self._hash.hexdigest()}", fault)
+
+
+@contextmanager
+def _spool(folder: Path) -> Iterator[_Spool]:
+    """A new file in the folder, gone when the block ends. Raises InsufficientStorage where there is no room for it."""
+    with room():
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix="upload-")
+        try:
+            with open(handle, "wb") as file:
+                yield _Spool(Path(name), file)
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 @asynccontextmanager
 async def receive(
-    stream: AsyncIterator[bytes], folder: Path, largest: int, announced: int | None, repr_digest: str | None
+    stream: AsyncIterator[bytes], folder: Path, *, largest: int, announced: int | None, stall: float
 ) -> AsyncIterator[Spooled]:
     """Spool a request's body; the file is gone when the block ends.
 
-    Raises TooLarge as soon as more comes, or is announced, than an honest slice can have; TruncatedBody, DigestMismatch.
+    A body that ends before its announced end, or of which no byte comes for `stall` seconds, is given as far as it came,
+    with TruncatedBody or StalledBody as its fault. Raises TooLarge as soon as more comes, or is announced, than may.
     """
     if announced is not None and announced > largest:
-        raise errors.TooLarge(f"the body is announced with {announced} bytes; this job's slice has at most {largest}", largest=largest)
-    wanted = _wanted(repr_digest)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-") as file:
-        hashed, length = hashlib.sha256(), 0
+        raise errors.TooLarge(f"the body is announced with {announced} bytes; at most {largest} may come", largest=largest)
+    with _spool(folder) as spool:
+        fault = await _fill(spool, stream, largest, announced, stall)
+        yield await run_in_threadpool(spool.end, fault)
+
+
+async def _fill(spool: _Spool, stream: AsyncIterator[bytes], largest: int, announced: int | None, stall: float) -> errors.HLoRAError | None:
+    """Write a body as it comes; gives why it ended early, if it did."""
+    batch, size, came = list[bytes](), 0, 0
+    fault: errors.HLoRAError | None = None
+    try:
+        async for chunk in _flowing(stream, stall):
+            came += len(chunk)
+            if came > largest:
+                raise errors.TooLarge(f"more than {largest} bytes came; no more may", largest=largest)
+            batch.append(chunk)
+            size += len(chunk)
+            if size >= BATCH:
+                await run_in_threadpool(spool.write, batch)
+                batch, size = [], 0
+    except TimeoutError:
+        fault = errors.StalledBody(f"no byte came for {stall:g} seconds, after {came}; send what is missing")
+    except ClientDisconnect:
+        fault = errors.TruncatedBody(f"the connection ended after {came} bytes; send what is missing")
+    await run_in_threadpool(spool.write, batch)
+    if fault is None and announced is not None and came != announced:
+        fault = errors.TruncatedBody(f"{came} bytes came, {announced} were announced; send what is missing")
+    return fault
+
+
+async def _flowing(stream: AsyncIterator[bytes], stall: float) -> AsyncIterator[bytes]:
+    """The stream's chunks. Raises TimeoutError when none comes for so many seconds."""
+    while True:
+        async with asyncio.timeout(stall):
+            chunk = await anext(stream, None)
+        if chunk is None:
+            return
+        yield chunk
+
+
+@contextmanager
+def joined(blobs: Blobs, parts: Sequence[str], last: Spooled, folder: Path) -> Iterator[Spooled]:
+    """Stored parts and the last one, which is not stored, as one file; it is gone when the block ends.
+
+    Raises DigestMismatch where a part is gone, for the slice cannot be had from what is here.
+    """
+    if not parts:
+        yield last
+        return
+    with _spool(folder) as spool:
         try:
-            async for chunk in stream:
-                length += len(chunk)
-                if length > largest:
-                    raise errors.TooLarge(f"more than {largest} bytes came; this job's slice has no more", largest=largest)
-                hashed.update(chunk)
-                await run_in_threadpool(file.write, chunk)
-        except ClientDisconnect:
-            raise errors.TruncatedBody(f"the connection ended after {length} bytes; send the slice again") from None
-        if announced is not None and length != announced:
-            raise errors.TruncatedBody(f"{length} bytes came, {announced} were announced; send the slice again")
-        if wanted is not None and hashed.digest() != wanted:
-            raise errors.DigestMismatch(f"the bytes have SHA-256 {hashed.hexdigest()}, announced was {wanted.hex()}; send the slice again")
-        await run_in_threadpool(file.flush)
-        yield Spooled(path=Path(file.name), length=length, digest=f"sha256:{hashed.hexdigest()}")
+            for part in parts:
+                spool.write(blobs.chunks(part))
+        except errors.NotFound as error:
+            raise errors.DigestMismatch(f"a part of the slice was lost: {error}; send the slice again") from error
+        with last.path.open("rb") as file:
+            spool.write(iter(lambda: file.read(BATCH), b""))
+        yield spool.end()
 
 
-def _wanted(repr_digest: str | None) -> bytes | None:
-    """The SHA-256 that the sender announced (RFC 9530); other algorithms are passed over."""
+def announced_digest(repr_digest: str | None) -> str | None:
+    """The blob name that the sender announced (RFC 9530); other algorithms are passed over. Raises InvalidRequest."""
     found = re.search(r"(?:^|,\s*)sha-256=:([A-Za-z0-9+/=]+):", repr_digest or "")
     if found is None:
         return None
     try:
-        return base64.b64decode(found.group(1), validate=True)
+        return f"sha256:{base64.b64decode(found.group(1), validate=True).hex()}"
     except binascii.Error:
         raise errors.InvalidRequest("Repr-Digest is not base64") from None
+
+
+def written_digest(digest: str) -> str:
+    """A blob's name as RFC 9530 writes it."""
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(digest.removeprefix('sha256:'))).decode()}:"
+
+
+def check_digest(spooled: Spooled, announced: str | None) -> None:
+    """Raises DigestMismatch unless the bytes are those that were announced, if any were."""
+    if announced is not None and spooled.digest != announced:
+        raise errors.DigestMismatch(f"the bytes are {spooled.digest}, announced was {announced}; send the slice again")
 
 
 def check(spooled: Spooled, wanted: Upload, blobs: Blobs) -> float:

@@ -1,0 +1,241 @@
+"""Slices on the wire: the one to start from, in ranges; the trained one, whole or in parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+
+from coordinator import jobs, parts, uploads
+from coordinator.context import Context
+from coordinator.parts import Sender, Standing, Whole
+from coordinator.problems import binary, documented
+from coordinator.routes.requests import COMMON, Device, Id, Parts
+from coordinator.uploads import Spooled
+from protocol import errors
+from protocol.messages import SliceReceipt
+from protocol.plan import Digest
+
+router = APIRouter(prefix="/v1", tags=["agents"])
+HELD = (*COMMON, errors.NotFound, errors.StaleLease, errors.JobOver, errors.Conflict)
+SENT = (
+    *HELD,
+    errors.TruncatedBody,
+    errors.StalledBody,
+    errors.TooLarge,
+    errors.DigestMismatch,
+    errors.MalformedSlice,
+    errors.MismatchedSlice,
+    errors.NonFiniteSlice,
+    errors.ExcessiveChange,
+    errors.Unavailable,
+    errors.InsufficientStorage,
+)
+BODY = {"requestBody": {"required": True, "content": binary("application/octet-stream")}}
+PROGRESS = {"Upload-Offset": {"description": "bytes that are here for good", "schema": {"type": "integer"}}}
+
+ContentLength = Annotated[int | None, Header(ge=0, le=2**53)]
+
+
+async def sender(job: Id, caller: Device, lease_epoch: Annotated[int, Header(ge=1, le=2**53, description="epoch of the lease")]) -> Sender:
+    """Who sends the slice of the job that the path names."""
+    return Sender(caller.id, job, lease_epoch)
+
+
+From = Annotated[Sender, Depends(sender)]
+
+
+@router.put("/jobs/{job}/slice", responses=documented(*SENT), openapi_extra=BODY)
+async def put_slice(
+    request: Request,
+    sender: From,
+    context: Parts,
+    content_length: ContentLength = None,
+    repr_digest: Annotated[str | None, Header(max_length=300, description="`sha-256=:<base64>:` of the slice (RFC 9530)")] = None,
+) -> SliceReceipt:
+    """Send the trained slice, whole. What cannot count ends the job: it is rejected with its reason."""
+    wanted = await run_in_threadpool(_wanted, context, sender)
+    announced = uploads.announced_digest(repr_digest)
+    async with _receive(request, context, wanted.largest, content_length) as spooled:
+        if spooled.fault is not None:
+            raise spooled.fault
+        uploads.check_digest(spooled, announced)
+        return await run_in_threadpool(_store, context, sender, wanted, spooled)
+
+
+@router.head(
+    "/jobs/{job}/slice",
+    status_code=204,
+    responses={204: {"description": "how far the upload is", "headers": PROGRESS}, **documented(*HELD)},
+)
+def slice_standing(sender: From, context: Parts) -> Response:
+    """How much of the trained slice is here, and of which: from there the upload goes on."""
+    with context.database.read() as session:
+        found = parts.standing(session, sender)
+    headers = {"Upload-Offset": str(found.offset), "Cache-Control": "no-store"}
+    if found.whole is not None:
+        headers |= {"Upload-Length": str(found.whole.length), "Repr-Digest": uploads.written_digest(found.whole.digest)}
+    if found.complete:
+        headers["Upload-Complete"] = "?1"
+    return Response(status_code=204, headers=headers)
+
+
+@router.patch(
+    "/jobs/{job}/slice",
+    response_model=SliceReceipt,
+    responses={
+        200: {"description": "the slice is whole, was checked, and is stored", "headers": PROGRESS},
+        204: {"description": "the part is here for good; more is to come", "headers": PROGRESS},
+        **documented(*SENT, errors.OffsetMismatch),
+    },
+    openapi_extra=BODY,
+)
+async def patch_slice(
+    request: Request,
+    response: Response,
+    sender: From,
+    context: Parts,
+    upload_offset: Annotated[int, Header(ge=0, le=2**53, description="where in the slice these bytes begin")],
+    upload_length: Annotated[int, Header(ge=1, le=2**53, description="bytes of the whole slice")],
+    repr_digest: Annotated[str, Header(max_length=300, description="`sha-256=:<base64>:` of the whole slice (RFC 9530)")],
+    content_length: ContentLength = None,
+) -> SliceReceipt | Response:
+    """Send the next bytes of the trained slice, as many as the link allows. What came before a cut counts."""
+    whole = _whole(repr_digest, upload_length)
+    wanted, found = await run_in_threadpool(_expected, context, sender, whole, upload_offset)
+    response.headers["Upload-Offset"] = str(whole.length)
+    if found.complete:
+        return SliceReceipt(digest=whole.digest, bytes=whole.length)
+    largest = min(parts.LONGEST, whole.length - upload_offset)
+    async with _receive(request, context, largest, content_length) as spooled:
+        if upload_offset + spooled.length == whole.length:
+            return await run_in_threadpool(_finish, context, sender, wanted, whole, spooled)
+        offset = await run_in_threadpool(_keep, context, sender, whole, upload_offset, spooled)
+        if spooled.fault is not None:
+            raise type(spooled.fault)(spooled.fault.detail, offset=offset, length=whole.length)
+    return Response(status_code=204, headers={"Upload-Offset": str(offset)})
+
+
+def _whole(repr_digest: str, length: int) -> Whole:
+    digest = uploads.announced_digest(repr_digest)
+    if digest is None:
+        raise errors.InvalidRequest("Repr-Digest must hold `sha-256=:<base64>:` of the whole slice")
+    return Whole(digest, length)
+
+
+def _receive(request: Request, context: Context, largest: int, announced: int | None) -> AbstractAsyncContextManager[Spooled]:
+    settings = context.settings
+    return uploads.receive(request.stream(), settings.spool_folder, largest=largest, announced=announced, stall=settings.stall_seconds)
+
+
+def _wanted(context: Context, sender: Sender) -> jobs.Upload:
+    with context.database.read() as session:
+        return jobs.upload(session, sender.client, sender.job, sender.epoch)
+
+
+def _expected(context: Context, sender: Sender, whole: Whole, offset: int) -> tuple[jobs.Upload, Standing]:
+    with context.database.read() as session:
+        wanted = jobs.upload(session, sender.client, sender.job, sender.epoch)
+        if whole.length > wanted.largest:
+            raise errors.TooLarge(
+                f"the slice is announced with {whole.length} bytes; this job's has at most {wanted.largest}", largest=wanted.largest
+            )
+        return wanted, parts.expect(session, sender, whole, offset)
+
+
+def _keep(context: Context, sender: Sender, whole: Whole, start: int, spooled: Spooled) -> int:
+    """Store a part and note it; gives the offset behind it."""
+    if not spooled.length:
+        return start
+    blob = context.blobs.put_file(spooled.path, spooled.digest)
+    with context.database.write() as session:
+        offset = parts.add(session, context.blobs, sender, whole, start, blob, context.database.clock(session))
+    if not offset:
+        raise parts.mismatch(0, whole, f"the slice came in more than {parts.MOST} parts; begin anew, with larger ones")
+    return offset
+
+
+def _finish(context: Context, sender: Sender, wanted: jobs.Upload, whole: Whole, last: Spooled) -> SliceReceipt:
+    """Join the parts that are here to the last one, and store the slice."""
+    start = whole.length - last.length
+    with context.database.read() as session:
+        before = parts.stored(session, sender, whole, start)
+    try:
+        with uploads.joined(context.blobs, before, last, context.settings.spool_folder) as spooled:
+            uploads.check_digest(spooled, whole.digest)
+            return _store(context, sender, wanted, spooled)
+    except errors.DigestMismatch:
+        with context.database.write() as session:
+            parts.drop(session, sender.job)
+        raise
+
+
+def _store(context: Context, sender: Sender, wanted: jobs.Upload, spooled: Spooled) -> SliceReceipt:
+    """Check a slice that came whole, keep it and name it in its job; one that cannot count ends the job."""
+    try:
+        norm = uploads.check(spooled, wanted, context.blobs)
+    except errors.InvalidSlice as error:
+        with context.database.write() as session:
+            now = context.database.clock(session)
+            jobs.reject(session, sender.client, sender.job, sender.epoch, str(error), context.settings.rejections, now)
+            parts.drop(session, sender.job)
+        context.bell.ring_conductor()
+        raise
+    # Blob before row: a crash between them leaves an orphan, never a row without bytes.
+    blob = context.blobs.put_file(spooled.path, spooled.digest)
+    with context.database.write() as session:
+        jobs.uploaded(session, context.blobs, sender.client, sender.job, sender.epoch, blob, norm)
+        parts.drop(session, sender.job)
+    return SliceReceipt(digest=blob.digest, bytes=blob.bytes)
+
+
+@router.get(
+    "/blobs/{digest}",
+    response_class=StreamingResponse,
+    responses={
+        200: {"description": "the bytes", "content": binary("application/octet-stream")},
+        206: {"description": "the range that was asked for"},
+        304: {"description": "the client has it"},
+        **documented(*COMMON, errors.NotFound, errors.RangeNotSatisfiable),
+    },
+)
+def get_blob(
+    digest: Annotated[Digest, Path()],
+    caller: Device,
+    context: Parts,
+    range: Annotated[str | None, Header(max_length=200, description="one range, such as `bytes=1000-`")] = None,
+    if_none_match: Annotated[str | None, Header(max_length=400)] = None,
+) -> Response:
+    """A slice that one of the client's jobs names. Its name is its digest, so it never changes."""
+    with context.database.read() as session:
+        if not jobs.may_read(session, caller.id, digest):
+            raise errors.NotFound(f"no job of this client names {digest}")
+    headers = {"ETag": f'"{digest}"', "Cache-Control": "private, immutable, max-age=31536000", "Accept-Ranges": "bytes"}
+    if if_none_match is not None and f'"{digest}"' in if_none_match:
+        return Response(status_code=304, headers=headers)
+    size = context.blobs.size(digest)
+    start, stop = _range(range, size)
+    if (start, stop) != (0, size):
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    headers["Content-Length"] = str(stop - start)
+    body: Iterator[bytes] = context.blobs.chunks(digest, start, stop)
+    code = 206 if "Content-Range" in headers else 200
+    return StreamingResponse(body, status_code=code, headers=headers, media_type="application/octet-stream")
+
+
+def _range(header: str | None, size: int) -> tuple[int, int]:
+    """The half-open byte range that is asked for; what is not one range of bytes is passed over, as RFC 9110 allows."""
+    found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", (header or "").strip())
+    if found is None or found.groups() == ("", ""):
+        return 0, size
+    first, last = found.groups()
+    start = int(first) if first else max(0, size - int(last))
+    stop = min(size, int(last) + 1) if first and last else size
+    if start >= stop:
+        raise errors.RangeNotSatisfiable(f"the blob has {size} bytes; the range {header} lies outside", size=size)
+    return start, stop
