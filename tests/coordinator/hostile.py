@@ -89,6 +89,8 @@ MALFORMED: dict[str, Lie] = {
     "a label that is no JSON": lambda p: pack(p.table | {"__metadata__": {"hlora": "rank 4"}}, p.numbers),
     "half a character in the label": lambda p: pack(p.table | {"__metadata__": {"hlora": '"\ud800"'}}, p.numbers),
     "a label that says more": lambda p: p.label(weight=10**9),
+    "a label with a NUL for a name": lambda p: p.label(**{"\0": 1}),
+    "a label with a name that turns the text round": lambda p: p.label(**{"\u202e": 1}),
     "a label of rank zero": lambda p: p.label(rank=0),
     "a label with no number for a scale": lambda p: p.label(scale=float("nan")),
     "a label of no examples": lambda p: p.label(examples=-5),
@@ -109,6 +111,9 @@ MALFORMED: dict[str, Lie] = {
     "a shape of another size": lambda p: p.entry(FIRST, shape=[4, 16]),
     "a negative side": lambda p: p.entry(FIRST, shape=[-4, -15]),
     "a side beyond counting": lambda p: p.entry(FIRST, shape=[2**62, 2**62]),
+    "a side of nothing beside sides beyond counting": lambda p: pack(
+        p.table | {"more": {"dtype": "F32", "shape": [2**39, 2**39, 0], "data_offsets": [len(p.numbers)] * 2}}, p.numbers
+    ),
     "a side that is true": lambda p: p.entry(FIRST, shape=[4, 15, True]),
     "a shape of fifty sides": lambda p: p.entry(FIRST, shape=[4, 15] + [1] * 48),
     "a dtype that is smaller": lambda p: p.entry(FIRST, dtype="F16"),
@@ -116,6 +121,9 @@ MALFORMED: dict[str, Lie] = {
     "a name of half a character": lambda p: p.renamed(FIRST, "factors/\ud800/a"),
     "a name of half a character, raw": lambda p: raw(
         json.dumps(p.table).encode().replace(b"attention.key/a", b"attention.\xed\xa0\x80/a"), p.numbers
+    ),
+    "a name without end at the wrong place": lambda p: pack(
+        without(p.table, FIRST) | {"x" * 2100: p.table[FIRST] | {"data_offsets": [4, 244]}}, p.numbers
     ),
     "a name with a line break": lambda p: p.renamed(FIRST, "factors/a\nINFO all is well/a"),
 }

@@ -1,0 +1,80 @@
+"""What must hold of every slice, whoever made it: it is refused with a reason that can be told, or it is what the job asked for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from benchmarks.damage import EXPECTED, LARGEST, LAYOUT, SIZES
+from coordinator import problems
+from coordinator.reading import SliceReader, open_file
+from protocol import errors
+from protocol.checks import check_change, check_finite, check_header
+from protocol.slices import Factors, decode, pack, read_header, unpack
+
+LONGEST_REASON = 2000  # characters; it is stored with the job
+
+
+def examine(data: bytes, file: Path) -> type[errors.InvalidSlice] | None:
+    """The refusal of a slice that nobody has checked, or none where it may count; the file is where it lies meanwhile.
+
+    Raises AssertionError where a promise does not hold. Any other exception is a defect as well.
+    """
+    file.write_bytes(data)
+    try:
+        with open_file(file, LARGEST) as trained:
+            assert int.from_bytes(data[:8], "little") <= LARGEST - 8, "a header beyond the limit was read"
+            _holds_together(trained, data)
+            _counts(trained)
+    except errors.InvalidSlice as refusal:
+        _can_be_told(refusal)
+        _unpacked(data)
+        return type(refusal)
+    assert len(pack(unpack(data), LAYOUT, EXPECTED.dtype)) <= LARGEST >= len(data), "a slice that counts is longer than any"
+    return None
+
+
+def _holds_together(trained: SliceReader, data: bytes) -> None:
+    header, end = trained.header, 8 + int.from_bytes(data[:8], "little")
+    for name, entry in sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        assert entry.start == end, f"{name} leaves a gap, or overlaps"
+        assert entry.stop - entry.start == math.prod(entry.shape) * SIZES[entry.dtype], f"{name} has another size than its shape"
+        assert decode(trained.read(entry.start, entry.stop), entry).shape == entry.shape, f"{name} has another shape"
+        end = entry.stop
+    assert end == header.length == len(data), "the ranges do not end with the file"
+    assert read_header(data, len(data)) == header, "the same bytes were read in two ways"
+
+
+def _counts(trained: SliceReader) -> None:
+    """All that is asked of a slice before it counts."""
+    check_header(trained.header, EXPECTED)
+    for module in LAYOUT.modules:
+        factors = trained.factors(module)
+        check_finite(module, factors.a)
+        check_finite(module, factors.b)
+    for name in LAYOUT.full:
+        check_finite(name, trained.full(name))
+    assert math.isfinite(check_change(trained.factors, _given, EXPECTED)), "a change without a norm would count"
+
+
+def _given(module: str) -> Factors:
+    n_out, n_in = LAYOUT.modules[module]
+    return Factors(b=torch.zeros(n_out, 1), a=torch.zeros(1, n_in))
+
+
+def _can_be_told(refusal: errors.InvalidSlice) -> None:
+    """By HTTP, and by a database, which takes no half characters and no NUL."""
+    assert problems.answer(refusal).status_code == 422, "an invalid slice is answered with 422"
+    reason = str(refusal)
+    assert reason.isprintable(), f"the reason cannot be stored, or not be read: {reason!a}"
+    assert len(reason) <= LONGEST_REASON, f"the reason has {len(reason)} characters"
+
+
+def _unpacked(data: bytes) -> None:
+    """Who unpacks it without these checks is refused as well, or gets a slice."""
+    try:
+        unpack(data)
+    except errors.InvalidSlice:
+        return
