@@ -1,10 +1,13 @@
-"""The coordinator's command: `python -m coordinator serve | migrate | token`."""
+"""The coordinator's command. What is heavy is imported when a command needs it, so that --help is instant."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +15,16 @@ from coordinator.settings import Settings
 from protocol import errors
 from protocol.states import Role
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+if TYPE_CHECKING:
+    from coordinator.database import Database
+
+TOLD_EVERY = 5.0  # seconds between two lines about how far a long command is
+ABOUT = """The coordinator: routes, rounds and merging in one process.
+
+Where it keeps things is said by HLORA_COORDINATOR_DATA, or HLORA_COORDINATOR_DATABASE_URL and HLORA_COORDINATOR_BLOBS_URL;
+every command must be given the same. All but serve may run beside a coordinator that works."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
 
 @app.command()
@@ -72,6 +84,36 @@ def token(
     typer.echo(json.dumps(made.model_dump(mode="json")) if as_json else made.token)
 
 
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's id, or a name: then the newest run of that name")],
+    number: Annotated[int | None, typer.Option("--round", min=0, help="only this round; by default every published one")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON object for each round")] = False,
+) -> None:
+    """Make published rounds again from their blobs and compare every byte. Changes nothing.
+
+    Exit code 0: all that can be checked agrees. 1: something differs. 2: there was nothing that can be checked.
+    """
+    from dataclasses import asdict
+
+    from coordinator import verification
+    from coordinator.blobs import Blobs
+    from coordinator.executors import open_executor
+
+    settings = _settings()
+    verdicts = set()
+    with _existing(settings) as database, open_executor(settings.executor) as executor:
+        blobs = Blobs.open(settings.blobs)
+        with database.read() as session:
+            records = verification.records(session, verification.find(session, run), number, blobs.url)
+        for finding in verification.Verifier(database, blobs, executor, _teller()).verify(records):
+            verdicts.add(finding.verdict)
+            typer.echo(json.dumps(asdict(finding)) if as_json else finding.line())
+    if verification.Verdict.differs in verdicts:
+        raise typer.Exit(1)
+    raise typer.Exit(0 if verification.Verdict.agrees in verdicts else 2)
+
+
 def _settings() -> Settings:
     from pydantic import ValidationError
 
@@ -80,6 +122,37 @@ def _settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         raise errors.InvalidRequest(f"HLORA_COORDINATOR_{str(first['loc'][0]).upper()}: {first['msg']}") from None
+
+
+@contextmanager
+def _existing(settings: Settings) -> Iterator[Database]:
+    """The database of these settings, which must be there with the tables that this program knows."""
+    from coordinator import schema
+    from coordinator.database import Database, sqlite_file
+
+    file = sqlite_file(settings.database)
+    if file is not None and not file.exists():
+        raise errors.NotFound(f"there is no database {file}; is HLORA_COORDINATOR_DATA the coordinator's?")
+    if not schema.is_current(settings.database):
+        raise errors.Conflict("the database is not at this program's schema; back it up, then run: python -m coordinator migrate")
+    database = Database(settings.database)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def _teller() -> Callable[[str], None]:
+    """Says on the standard error how far a long command is, now and then."""
+    said = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= TOLD_EVERY:
+            said = time.monotonic()
+            typer.echo(text, err=True)
+
+    return tell
 
 
 def _configure_logs(settings: Settings) -> None:

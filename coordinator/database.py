@@ -35,10 +35,10 @@ def database_clock(session: Session) -> datetime:
 
 def open_engine(url: str) -> Engine:
     """An engine for SQLite (a file, write-ahead log) or PostgreSQL (psycopg 3). Raises InvalidRequest for any other URL."""
-    parsed = _parsed(url)
-    if parsed.get_backend_name() != "sqlite":
+    parsed, file = _parsed(url), sqlite_file(url)
+    if file is None:
         return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=20, max_overflow=20)
-    Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=20, max_overflow=30)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -54,6 +54,12 @@ def _parsed(url: str) -> URL:
             return parsed
     # The URL is not repeated: it may hold a password.
     raise errors.InvalidRequest("a database is sqlite:///FILE or postgresql://USER@HOST/NAME; this URL is neither")
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite database; none for PostgreSQL. Raises InvalidRequest for any other URL."""
+    parsed = _parsed(url)
+    return Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

@@ -1,0 +1,195 @@
+"""Published rounds made again from their blobs, and compared with what was published.
+
+Nothing is changed: a round is merged into a temporary folder, from the real store's blobs, each of which is first held
+against its own digest. A coordinator may work beside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coordinator import manifests, published, publishing
+from coordinator.assembly import Merged
+from coordinator.blobs import Blobs
+from coordinator.database import Database
+from coordinator.initial import first_adapter
+from coordinator.jobs import plan_of
+from coordinator.merge import RoundTask, merge_round
+from coordinator.tables import Job, Round, Run
+from protocol import errors
+from protocol.plan import Plan
+from protocol.states import JobState, RoundState
+from protocol.views import Manifest
+
+READ = 4 << 20  # bytes of a blob that are hashed at a time
+Tell = Callable[[str], None]  # told how far it is, often
+
+
+class Verdict(StrEnum):
+    """What became of a round's verification."""
+
+    agrees = "agrees"
+    differs = "differs"
+    unknown = "cannot be checked"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One round, verified."""
+
+    run: str
+    round: int
+    verdict: Verdict
+    detail: str  # what agrees, what differs, or why nobody can say
+    made_with: Mapping[str, str]  # software versions; none where the round has no manifest
+    verified_with: Mapping[str, str]
+
+    def line(self) -> str:
+        """For a person."""
+        return f"round {self.round} {self.verdict}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A published round as its rows describe it."""
+
+    id: int
+    run: str
+    number: int
+    task: RoundTask | Plan | None  # None where nothing says what was merged
+    names: dict[str, str]  # "adapter", "slice of rank 2" → digest
+    made_with: dict[str, str]
+    contradiction: str | None  # between manifest and rows
+
+    def contributions(self) -> set[str]:
+        """The blobs that were merged, and those that they started from."""
+        inputs = self.task.inputs if isinstance(self.task, RoundTask) else ()
+        return {digest for input in inputs for digest in (input.digest, input.base)}
+
+    def adapters(self) -> set[str]:
+        """The round's global adapter, and those that it was made from."""
+        before = (self.task.previous, self.task.earlier) if isinstance(self.task, RoundTask) else ()
+        return {self.names["adapter"], *(digest for digest in before if digest is not None)}
+
+
+def find(session: Session, run: str) -> Run:
+    """The run of that id, or the newest of that name. Raises NotFound."""
+    found = session.get(Run, run) or session.scalar(select(Run).where(Run.name == run).order_by(Run.created_at.desc()).limit(1))
+    if found is None:
+        raise errors.NotFound(f"there is no run with the id or name {run!r}")
+    return found
+
+
+def records(session: Session, run: Run, number: int | None, store: str) -> list[Record]:
+    """A run's published rounds, oldest first, or the one of that number. Raises NotFound where that one is not published."""
+    query = select(Round).where(Round.run_id == run.id, Round.state == RoundState.published).order_by(Round.number)
+    rows = list(session.scalars(query if number is None else query.where(Round.number == number)))
+    if not rows and number is not None:
+        raise errors.NotFound(f"run {run.name} has not published round {number}")
+    return [_record(session, run, row, store) for row in rows]
+
+
+def _record(session: Session, run: Run, row: Round, store: str) -> Record:
+    manifest = None if row.manifest is None else Manifest.model_validate(row.manifest)
+    ranks = published.slices(session, row.id)
+    names = {"adapter": str(row.adapter)} | {f"slice of rank {rank}": blob.digest for rank, blob in ranks.items()}
+    task = _merged_from(session, row, store) if manifest is None else manifests.task_of(manifest, plan_of(run), store)
+    contradiction = None
+    if manifest is not None and (manifest.plan, manifest.adapter.digest, manifest.slices) != (run.plan_digest, row.adapter, ranks):
+        contradiction = "its manifest names another plan or other blobs than its rows"
+    return Record(row.id, run.name, row.number, task, names, manifest.software if manifest else {}, contradiction)
+
+
+def _merged_from(session: Session, row: Round, store: str) -> RoundTask | Plan | None:
+    """The task of a round that was published before there were manifests."""
+    query = select(Job).where(Job.counted_in == row.id, Job.state == JobState.accepted, Job.slice.is_not(None))
+    jobs = list(session.scalars(query.order_by(Job.created_at, Job.id)))
+    return publishing.task_of(session, row, jobs, store) if jobs or row.number == 0 else None
+
+
+class Verifier:
+    """Verifies rounds, and looks at each blob once, however many rounds name it."""
+
+    def __init__(self, database: Database, blobs: Blobs, executor: Executor, tell: Tell) -> None:
+        self._database, self._blobs, self._executor, self._tell = database, blobs, executor, tell
+        self._here = manifests.software()
+        self._states: dict[str, str] = {}
+
+    def verify(self, found: list[Record]) -> Iterator[Finding]:
+        """One finding for each round, as soon as it is known."""
+        for record in found:
+            verdict, detail = self._examine(record)
+            yield Finding(record.run, record.number, verdict, detail, record.made_with, self._here)
+
+    def _examine(self, record: Record) -> tuple[Verdict, str]:
+        if record.contradiction is not None:
+            return Verdict.differs, record.contradiction
+        states = self._look_at(record, record.contributions() | record.adapters() | set(record.names.values()))
+        if damaged := sorted(digest for digest, state in states.items() if state == "damaged"):
+            return Verdict.differs, f"the bytes of {', '.join(damaged)} are not those that the name stands for: the store has damaged them"
+        lost = {digest for digest, state in states.items() if state == "missing"}
+        if lost and not (self._forgotten(record) and lost.isdisjoint(record.adapters())):
+            return Verdict.differs, f"the store has lost {', '.join(sorted(lost))}"
+        if not lost.isdisjoint(record.contributions()):
+            return Verdict.unknown, "its contributions were given up by the retention policy; its adapter is there and sound"
+        if record.task is None:
+            return Verdict.unknown, "it has no manifest, and its rows do not say what was merged"
+        return self._compare(record, record.task)
+
+    def _look_at(self, record: Record, digests: set[str]) -> dict[str, str]:
+        """The state of each blob: sound, damaged or missing."""
+        for count, digest in enumerate(sorted(digests), 1):
+            if digest not in self._states:
+                self._tell(f"round {record.number}: reading blob {count} of {len(digests)}")
+                self._states[digest] = state(self._blobs, digest)
+        return {digest: self._states[digest] for digest in digests}
+
+    def _forgotten(self, record: Record) -> bool:
+        """As it is now: a policy may have given the round up since its rows were read."""
+        with self._database.read() as session:
+            return session.get_one(Round, record.id).forgotten
+
+    def _compare(self, record: Record, task: RoundTask | Plan) -> tuple[Verdict, str]:
+        self._tell(f"round {record.number}: merging it again")
+        try:
+            made = self._make(task)
+        except errors.HLoRAError as error:
+            return Verdict.differs, f"it cannot be merged again: {error}{self._versions(record)}"
+        names = {"adapter": made.adapter.digest} | {f"slice of rank {rank}": blob.digest for rank, blob in made.slices.items()}
+        if wrong := [what for what in record.names | names if names.get(what) != record.names.get(what)]:
+            return Verdict.differs, f"{', '.join(wrong)}: other bytes than were published{self._versions(record)}"
+        count = len(task.inputs) if isinstance(task, RoundTask) else 0
+        return Verdict.agrees, f"adapter and {len(made.slices)} slices, from {f'{count} contributions' if count else 'the plan alone'}"
+
+    def _make(self, task: RoundTask | Plan) -> Merged:
+        with tempfile.TemporaryDirectory(prefix="hlora-") as folder:
+            scratch = Blobs.open(Path(folder).as_uri())
+            return first_adapter(task, scratch) if isinstance(task, Plan) else merge_round(task, self._executor, scratch)
+
+    def _versions(self, record: Record) -> str:
+        """In which software then and now differ, in words."""
+        if not record.made_with:
+            return "; nothing says with which software it was made"
+        names = [name for name in record.made_with | self._here if record.made_with.get(name) != self._here.get(name)]
+        changed = [f"{name} {record.made_with.get(name, 'none')} then, {self._here.get(name, 'none')} now" for name in names]
+        return f"; {'; '.join(changed)}" if changed else "; with the same software"
+
+
+def state(blobs: Blobs, digest: str) -> str:
+    """Whether a blob's bytes are still those that its name stands for: sound, damaged or missing."""
+    hashed = hashlib.sha256()
+    try:
+        for chunk in blobs.chunks(digest, size=READ):
+            hashed.update(chunk)
+    except errors.NotFound:
+        return "missing"
+    return "sound" if digest == f"sha256:{hashed.hexdigest()}" else "damaged"
