@@ -22,8 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, and_, delete, func, or_, select, union
-from sqlalchemy.orm import Session
+from sqlalchemy import CursorResult, Select, and_, delete, func, or_, select, union
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from coordinator.blobs import Blobs, StoredBlob
 from coordinator.database import Database
@@ -56,7 +56,17 @@ def hold(session: Session, blobs: Blobs, *digests: str) -> None:
 
 
 def named(session: Session, digests: Collection[str]) -> set[str]:
-    """Which of these blobs some row needs.
+    """Which of these blobs some row needs."""
+    return set(session.scalars(union(*(query.where(column.in_(digests)) for column, query in _needed()))))
+
+
+def every_named(session: Session) -> set[str]:
+    """All blobs that some row needs."""
+    return set(session.scalars(union(*(query.where(column.is_not(None)) for column, query in _needed()))))
+
+
+def _needed() -> list[tuple[InstrumentedAttribute[Any], Select[Any]]]:
+    """The columns of digests, each with a query of those that are needed.
 
     What a round's manifest names is named by other rows too: its inputs by their jobs, its slices by theirs, and adapters
     by their rounds, for ever. A round that was forgotten needs only its adapter.
@@ -65,20 +75,14 @@ def named(session: Session, digests: Collection[str]) -> set[str]:
     waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None), Round.state != RoundState.abandoned)
     needed = or_(kept, waits, Job.state.in_((JobState.queued, JobState.leased)))
     merged = Round.id == func.coalesce(Job.counted_in, Job.round_id)
-    return set(
-        session.scalars(
-            union(
-                select(Round.adapter).where(Round.adapter.in_(digests)),
-                select(PublishedSlice.digest)
-                .join(Round, PublishedSlice.round_id == Round.id)
-                .where(PublishedSlice.digest.in_(digests), kept),
-                select(Job.slice).join(Round, merged).where(Job.slice.in_(digests), needed),
-                select(Job.base).join(Round, merged).where(Job.base.in_(digests), needed),
-                select(Part.digest).where(Part.digest.in_(digests)),
-                select(Quarantined.digest).where(Quarantined.digest.in_(digests)),
-            )
-        )
-    )
+    return [
+        (Round.adapter, select(Round.adapter)),
+        (PublishedSlice.digest, select(PublishedSlice.digest).join(Round, PublishedSlice.round_id == Round.id).where(kept)),
+        (Job.slice, select(Job.slice).join(Round, merged).where(needed)),
+        (Job.base, select(Job.base).join(Round, merged).where(needed)),
+        (Part.digest, select(Part.digest)),
+        (Quarantined.digest, select(Quarantined.digest)),
+    ]
 
 
 def orphans(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[StoredBlob]]:
