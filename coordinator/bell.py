@@ -1,13 +1,15 @@
-"""Wakes whoever waits in this process: the conductor when there is something to look at, a client's poll when it has work.
+"""Wakes whoever waits: the conductor when there is something to look at, a client's poll when it has work.
 
-A bell only saves waiting. Whoever is woken looks in the database, and whoever is not woken looks a little later.
+A bell only saves waiting. Whoever is woken looks in the database, and whoever is not woken looks a little later. Rings for
+clients are heard in this process, and in other processes where somebody passes them on; the conductor's are not passed on,
+because one conductor is enough to act upon what changed, and the others look within seconds anyway.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
@@ -19,15 +21,18 @@ class Bell:
         self._lock = threading.Lock()
         self._waiters: dict[str, set[Waiter]] = {}
         self._conductor = threading.Event()
+        self._elsewhere: Callable[[Collection[str]], None] | None = None
         self.closed = False
 
     def close(self) -> None:
         """Nobody shall wait any more: every poll and every stream ends now."""
         self.closed = True
-        with self._lock:
-            everybody = list(self._waiters)
-        self.ring(everybody)
+        self.wake_everybody()
         self.ring_conductor()
+
+    def pass_on(self, elsewhere: Callable[[Collection[str]], None] | None) -> None:
+        """From now on tell this function, too, for whom the bell rings; or nobody any more. It must not block."""
+        self._elsewhere = elsewhere
 
     def ring_conductor(self) -> None:
         """Something changed that the conductor may act upon."""
@@ -39,7 +44,20 @@ class Bell:
         self._conductor.clear()
 
     def ring(self, clients: Iterable[str]) -> None:
-        """These clients have work."""
+        """These clients have work, wherever they wait."""
+        called = list(clients)
+        self.wake(called)
+        if called and self._elsewhere is not None:
+            self._elsewhere(called)
+
+    def wake_everybody(self) -> None:
+        """All who wait in this process shall look."""
+        with self._lock:
+            everybody = list(self._waiters)
+        self.wake(everybody)
+
+    def wake(self, clients: Iterable[str]) -> None:
+        """Those of these clients who wait in this process shall look."""
         with self._lock:
             woken = [waiter for client in clients for waiter in self._waiters.get(client, ())]
         for loop, event in woken:

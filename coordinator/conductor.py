@@ -1,21 +1,23 @@
 """The loop that carries runs forward: `tick()` looks once at everything that is due, `run()` looks for ever.
 
 All state is in the database and the blob store. A tick may be killed anywhere and repeated by anybody; a bug in one run
-is written down with that run and does not stop the others.
+is written down with that run and does not stop the others. Any number of conductors may share a database: a run is
+advanced by one at a time, and a round is merged by whoever claims it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 
 import structlog
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from coordinator import publishing, runs
+from coordinator import outage, publishing, runs
 from coordinator.assembly import Merged
 from coordinator.bell import Bell
 from coordinator.blobs import Blobs
@@ -23,6 +25,7 @@ from coordinator.database import Database
 from coordinator.initial import first_adapter
 from coordinator.merge import RoundTask, merge_round
 from coordinator.publishing import Claim
+from protocol.crash import Point
 from protocol.errors import HLoRAError
 from protocol.plan import Plan
 
@@ -38,47 +41,87 @@ class Conductor:
     def tick(self) -> bool:
         """Look once at everything that is due; says whether something was merged, so that the next look is worth its while."""
         with self._database.read() as session:
-            due = runs.alive(session)
-        for run in due:
-            self._advance(run)
+            now = self._database.clock(session)
+        self._advance_all(now)
         return self._merge_all()
 
-    def _advance(self, run: str) -> None:
+    def _advance_all(self, now: datetime) -> None:
+        """Let every run see the same time: however long the look takes, nothing ends that had not ended when it began."""
+        with self._database.read() as session:
+            due = runs.alive(session)
+        for run in due:
+            self._advance(run, now)
+
+    def _advance(self, run: str, now: datetime) -> None:
         try:
             with self._database.write() as session:
-                woken = runs.advance(session, run, self._database.clock(session), self._pace)
+                woken = runs.advance(session, run, now, self._pace)
         except OperationalError:
             raise
         except Exception as error:  # a defect that one run meets must not stop the others
             log.exception("advance-failed", run=run)
             with self._database.write() as session:
-                runs.fail(session, run, _words(error), self._database.clock(session))
+                runs.fail(session, run, _words(error), now)
         else:
             self._bell.ring(woken)
 
     def run(self, stop: threading.Event, longest_pause: float) -> None:
-        """Tick until told to stop. A database that is away for a while is waited for."""
+        """Tick until told to stop, merging in a thread beside: other runs go on meanwhile. A merge that has begun is finished."""
+        closed = threading.Event()
+        merging = threading.Thread(target=self._merge_on, args=(stop, closed, longest_pause), name="merging")
+        merging.start()
         while not stop.is_set():
-            try:
-                busy = self.tick()
-            except SQLAlchemyError as error:
-                log.warning("conductor-waits", reason=str(error.__cause__ or error))
-                busy = False
-            except Exception:  # whatever it is: a coordinator without conductor would answer, and never do anything again
-                log.exception("tick-failed")
-                busy = False
-            if not busy:
-                self._bell.await_conductor_call(longest_pause)
+            self._attend(self._look)
+            closed.set()
+            self._bell.await_conductor_call(min(longest_pause, outage.BEAT.total_seconds()))
+        closed.set()
+        merging.join()
 
-    def _merge_all(self) -> bool:
+    def _look(self) -> bool:
+        """One look of the live loop: before anything can be overdue, time in which nobody was at work is given back."""
+        with self._database.read() as session:
+            now = self._database.clock(session)
+            late = outage.late(session, now)
+        if late:
+            with self._database.write(Point.beat_committed) as session:
+                outage.beat(session, now)
+        self._advance_all(now)
+        return False
+
+    def _merge_on(self, stop: threading.Event, closed: threading.Event, longest_pause: float) -> None:
+        """Merge what is due, one round at a time, until told to stop."""
+        while not stop.is_set():
+            closed.clear()
+            if self._attend(lambda: self._merge_all(stop)):
+                self._bell.ring_conductor()
+            else:
+                closed.wait(longest_pause)
+
+    def _attend(self, look: Callable[[], bool]) -> bool:
+        """What a look says; nothing stops the loop. A database that is away for a while is waited for."""
+        try:
+            return look()
+        except SQLAlchemyError as error:
+            log.warning("conductor-waits", reason=str(error.__cause__ or error))
+        except Exception:  # whatever it is: a coordinator without conductor would answer, and never do anything again
+            log.exception("tick-failed")
+        return False
+
+    def _merge_all(self, stop: threading.Event | None = None) -> bool:
         with self._database.read() as session:
             waiting = publishing.due(session, self._database.clock(session))
         for round_id in waiting:
-            with self._database.write() as session:
+            with self._database.write(Point.merge_claimed) as session:
                 claim = publishing.claim(session, round_id, self._database.clock(session))
-            if claim is not None:
+            if claim is not None and stop is not None and stop.is_set():
+                self._give_back(claim)
+            elif claim is not None:
                 self._merge(claim)
         return bool(waiting)
+
+    def _give_back(self, claim: Claim) -> None:
+        with self._database.write() as session:
+            publishing.give_back(session, claim, self._database.clock(session))
 
     def _merge(self, claim: Claim) -> None:
         began = time.monotonic()
@@ -109,7 +152,8 @@ class Conductor:
 
         def prolong() -> None:
             while not done.wait(publishing.CLAIM.total_seconds() / 3):
-                with self._database.write() as session:
+                # A claim that is lost meanwhile, because the database was away, is noticed when the round is published.
+                with suppress(SQLAlchemyError), self._database.write() as session:
                     publishing.prolong(session, claim, self._database.clock(session))
 
         thread = threading.Thread(target=prolong, name="claim", daemon=True)

@@ -24,7 +24,7 @@ from coordinator.tables import Client, Job, PublishedSlice, Round, Run
 from protocol.plan import NormBound, Plan
 from protocol.states import JobState, RoundState, RunState
 
-CLAIM = timedelta(seconds=30)
+CLAIM = timedelta(seconds=10)  # prolonged while the merge goes on; so long nobody takes over from a coordinator that died
 CLAIMS = 3  # a round whose merging failed so often fails its run
 
 
@@ -59,6 +59,11 @@ def claim(session: Session, round_id: int, now: datetime) -> Claim | None:
 def prolong(session: Session, claim: Claim, now: datetime) -> bool:
     """Hold the claim for longer; false if it was lost."""
     return _update(session, claim, merge_until=now + CLAIM)
+
+
+def give_back(session: Session, claim: Claim, now: datetime) -> None:
+    """Let go of a round whose merging has not begun."""
+    _update(session, claim, merge_until=now)
 
 
 def _update(session: Session, claim: Claim, **values: object) -> bool:
@@ -117,10 +122,12 @@ def publish(
     sweeping.hold(session, blobs, merged.adapter.digest, *(blob.digest for blob in merged.slices.values()))
     energy = {module: view.model_dump(mode="json") for module, view in merged.energy.items()}
     facts = {"adapter": merged.adapter.digest, "adapter_bytes": merged.adapter.bytes, "energy": energy, "merge_seconds": seconds}
+    round = session.get_one(Round, claim.round_id)
+    # Before the round, as everywhere: a run that is stopped at this moment gets no more evaluations.
+    run = session.get_one(Run, round.run_id, with_for_update={"key_share": True})
     if not _update(session, claim, state=RoundState.published, ended_at=now, merge_until=None, **facts):
         return []
-    round = session.get_one(Round, claim.round_id, populate_existing=True)
-    run = session.get_one(Run, round.run_id)
+    session.refresh(round)
     origins = _accept(session, round, () if isinstance(task, Plan) else task.inputs)
     round.manifest = manifests.describe(task, merged, run.plan_digest, origins).model_dump(mode="json")
     for rank, blob in merged.slices.items():
