@@ -25,7 +25,6 @@ class Point(StrEnum):
     # commits that record no event
     job_leased = "job-leased"
     lease_renewed = "lease-renewed"
-    upload_begun = "upload-begun"
     part_committed = "part-committed"
     slice_committed = "slice-committed"
     merge_claimed = "merge-claimed"

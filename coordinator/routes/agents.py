@@ -14,7 +14,8 @@ from coordinator.access import Caller
 from coordinator.context import Context
 from coordinator.problems import documented
 from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts
-from protocol import VERSION, errors
+from protocol import VERSION, crash, errors
+from protocol.crash import Point
 from protocol.messages import ClientSelf, Enrol, Enrolled, GiveBack, Job, Profile, Progress, Renewal, Result, ResultReceipt
 
 router = APIRouter(prefix="/v1", tags=["agents"])
@@ -82,7 +83,9 @@ def _look(parts: Context, caller: Caller) -> Job | None:
         now = parts.database.clock(session)
         job = leasing.next_for(session, caller.id, now)
         clients.seen(session, caller.id, now)  # after the job, as everywhere: two requests that wait for each other would never end
-        return job
+    if job is not None:
+        crash.reached(Point.job_leased)
+    return job
 
 
 def _wait(prefer: str | None, longest: float) -> float:
@@ -104,7 +107,7 @@ def _check_version(version: str | None) -> None:
 @router.post("/jobs/{job}/lease", responses=documented(*COMMON, *HELD))
 def renew(job: Id, body: Progress, caller: Device, parts: Parts) -> Renewal:
     """Prolong the lease and say how far the work is; the answer says whether to go on."""
-    with parts.database.write() as session:
+    with parts.database.write(Point.lease_renewed) as session:
         return jobs.renew(session, caller.id, job, body, parts.database.clock(session))
 
 
