@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,8 @@ from coordinator.conductor import Conductor
 from coordinator.context import Context
 from coordinator.database import Clock, Database, database_clock
 from coordinator.executors import open_executor
+from coordinator.housekeeping import Housekeeping
+from coordinator.quarantine import Quarantine
 from coordinator.relay import relaying
 from coordinator.routes import agents, fleet, pages, runs, slices
 from coordinator.settings import Settings
@@ -41,7 +44,17 @@ def build(settings: Settings, clock: Clock = database_clock) -> Context:
     executor = open_executor(settings.executor)
     bell = Bell()
     conductor = Conductor(database, blobs, executor, bell, pace=settings.poll_seconds)
-    return Context(settings=settings, database=database, blobs=blobs, executor=executor, bell=bell, conductor=conductor)
+    quarantine = Quarantine.beside(blobs, database, settings.quarantine_bytes, timedelta(days=settings.quarantine_days))
+    return Context(
+        settings=settings,
+        database=database,
+        blobs=blobs,
+        executor=executor,
+        bell=bell,
+        conductor=conductor,
+        quarantine=quarantine,
+        housekeeping=Housekeeping(database, blobs, quarantine, settings),
+    )
 
 
 def create_app(context: Context) -> FastAPI:
@@ -59,15 +72,20 @@ def create_app(context: Context) -> FastAPI:
 async def _conducting(app: FastAPI) -> AsyncIterator[None]:
     parts: Context = app.state.context
     stop = threading.Event()
-    thread = threading.Thread(target=parts.conductor.run, args=(stop, parts.settings.tick_seconds), name="conductor")
+    threads = [
+        threading.Thread(target=parts.conductor.run, args=(stop, parts.settings.tick_seconds), name="conductor"),
+        threading.Thread(target=parts.housekeeping.run, args=(stop,), name="housekeeping"),
+    ]
     with relaying(parts.database.engine, parts.bell):
-        thread.start()
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             stop.set()
             parts.bell.close()
-            thread.join()
+            for thread in threads:
+                thread.join()
     parts.close()
 
 

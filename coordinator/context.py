@@ -9,6 +9,8 @@ from coordinator.bell import Bell
 from coordinator.blobs import Blobs
 from coordinator.conductor import Conductor
 from coordinator.database import Database
+from coordinator.housekeeping import Housekeeping
+from coordinator.quarantine import Quarantine
 from coordinator.settings import Settings
 
 
@@ -22,6 +24,8 @@ class Context:
     executor: Executor
     bell: Bell
     conductor: Conductor
+    quarantine: Quarantine
+    housekeeping: Housekeeping
 
     def close(self) -> None:
         """Let go of workers and connections."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any, cast
 
 import structlog
 from pydantic import JsonValue
-from sqlalchemy import func, select
+from sqlalchemy import CursorResult, delete, func, select
 from sqlalchemy.orm import Session
 
 from coordinator import tables
@@ -40,6 +41,13 @@ def after(session: Session, id: int, run: str | None, limit: int = 500) -> list[
         Event(id=row.id, at=row.at, kind=row.kind, run=row.run_id, round=row.round, client=row.client, facts=row.facts)
         for row in session.scalars(query)
     ]
+
+
+def forget(session: Session, before: datetime, limit: int) -> int:
+    """Delete events from before a time, the oldest first; gives how many, at most `limit`."""
+    oldest = select(tables.Event.id, tables.Event.at).order_by(tables.Event.id).limit(limit).subquery()
+    gone = delete(tables.Event).where(tables.Event.id.in_(select(oldest.c.id).where(oldest.c.at < before)))
+    return cast(CursorResult[Any], session.execute(gone.execution_options(synchronize_session=False))).rowcount
 
 
 def newest(session: Session) -> int:

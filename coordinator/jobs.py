@@ -20,7 +20,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, CursorResult, and_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, sweeping
+from coordinator import clients, events, quarantine, sweeping
 from coordinator.blobs import Blobs
 from coordinator.tables import Job, Round, Run
 from protocol import errors, messages
@@ -150,10 +150,22 @@ def uploaded(session: Session, blobs: Blobs, client_id: str, job_id: str, epoch:
     _advance(session, client_id, job_id, epoch, slice=blob.digest, slice_bytes=blob.bytes, change_norm=norm)
 
 
-def reject(session: Session, client_id: str, job_id: str, epoch: int, reason: str, limit: int, now: datetime) -> None:
-    """End a job whose slice cannot count, and count it against the client. Raises NotFound, StaleLease, JobOver."""
+def reject(
+    session: Session,
+    client_id: str,
+    job_id: str,
+    epoch: int,
+    error: errors.InvalidSlice,
+    slice: messages.BlobRef | None,
+    limit: int,
+    now: datetime,
+) -> None:
+    """End a job whose slice cannot count, set it apart, and count it against the client. Raises NotFound, StaleLease, JobOver."""
+    reason = str(error)
     _advance(session, client_id, job_id, epoch, state=JobState.rejected, reason=reason, ended_at=now, lease_until=None)
-    round, run = _context(session, _own(session, client_id, job_id))
+    job = _own(session, client_id, job_id)
+    round, run = _context(session, job)
+    quarantine.keep(session, job, error.slug(), reason, slice, now)
     events.record(session, now, "job-rejected", run=run.id, round=round.number, client=clients.get(session, client_id).name, reason=reason)
     clients.count_rejection(session, client_id, limit, reason, now)
 

@@ -29,6 +29,11 @@ class Settings(BaseSettings):
         description="contributions and slices of rounds older than a run's last so many published ones are given up; "
         "global adapters stay; by default nothing is",
     )
+    housekeeping_seconds: float = Field(default=600.0, gt=0, description="how often one of the coordinators gives up what is old")
+    sweep_grace_seconds: float = Field(default=3600.0, ge=0, description="bytes that nothing names are deleted when they are so old")
+    quarantine_bytes: int = Field(default=2**30, ge=0, description="most bytes of rejected slices that are kept, the newest")
+    quarantine_days: float = Field(default=30.0, gt=0, description="how long a rejected contribution is kept, with its reason")
+    event_days: float = Field(default=365.0, gt=0, description="how long the log of changes is kept")
     stall_seconds: float = Field(default=30.0, gt=0, description="a slice of which no byte comes for so long is waited for no longer")
     json_limit_bytes: int = Field(default=8 * 2**20, ge=2**16, description="longest JSON body")
     log_json: bool = Field(default=False, description="logs as JSON lines instead of text")

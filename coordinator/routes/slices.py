@@ -17,7 +17,8 @@ from coordinator.parts import Sender, Standing, Whole
 from coordinator.problems import binary, documented
 from coordinator.routes.requests import COMMON, Device, Id, Parts
 from coordinator.uploads import Spooled
-from protocol import errors
+from protocol import crash, errors
+from protocol.crash import Point
 from protocol.messages import SliceReceipt
 from protocol.plan import Digest
 
@@ -153,7 +154,8 @@ def _keep(context: Context, sender: Sender, whole: Whole, start: int, spooled: S
     if not spooled.length:
         return start
     blob = context.blobs.put_file(spooled.path, spooled.digest)
-    with context.database.write() as session:
+    crash.reached(Point.part_blob_kept)
+    with context.database.write(Point.part_committed) as session:
         offset = parts.add(session, context.blobs, sender, whole, start, blob, context.database.clock(session))
     if not offset:
         raise parts.mismatch(0, whole, f"the slice came in more than {parts.MOST} parts; begin anew, with larger ones")
@@ -180,15 +182,17 @@ def _store(context: Context, sender: Sender, wanted: jobs.Upload, spooled: Spool
     try:
         norm = uploads.check(spooled, wanted, context.blobs)
     except errors.InvalidSlice as error:
+        kept = context.quarantine.take(spooled.path, spooled.digest, spooled.length)
         with context.database.write() as session:
             now = context.database.clock(session)
-            jobs.reject(session, sender.client, sender.job, sender.epoch, str(error), context.settings.rejections, now)
+            jobs.reject(session, sender.client, sender.job, sender.epoch, error, kept, context.settings.rejections, now)
             parts.drop(session, sender.job)
         context.bell.ring_conductor()
         raise
     # Blob before row: a crash between them leaves an orphan, never a row without bytes.
     blob = context.blobs.put_file(spooled.path, spooled.digest)
-    with context.database.write() as session:
+    crash.reached(Point.slice_blob_kept)
+    with context.database.write(Point.slice_committed) as session:
         jobs.uploaded(session, context.blobs, sender.client, sender.job, sender.epoch, blob, norm)
         parts.drop(session, sender.job)
     return SliceReceipt(digest=blob.digest, bytes=blob.bytes)
