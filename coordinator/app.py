@@ -24,7 +24,7 @@ from coordinator.executors import open_executor
 from coordinator.housekeeping import Housekeeping
 from coordinator.quarantine import Quarantine
 from coordinator.relay import relaying
-from coordinator.routes import agents, fleet, pages, runs, slices
+from coordinator.routes import agents, fleet, pages, quarantine, runs, slices
 from coordinator.settings import Settings
 from protocol import VERSION, errors
 
@@ -44,7 +44,7 @@ def build(settings: Settings, clock: Clock = database_clock) -> Context:
     executor = open_executor(settings.executor)
     bell = Bell()
     conductor = Conductor(database, blobs, executor, bell, pace=settings.poll_seconds)
-    quarantine = Quarantine.beside(blobs, database, settings.quarantine_bytes, timedelta(days=settings.quarantine_days))
+    apart = Quarantine.beside(blobs, database, settings.quarantine_bytes, timedelta(days=settings.quarantine_days))
     return Context(
         settings=settings,
         database=database,
@@ -52,8 +52,8 @@ def build(settings: Settings, clock: Clock = database_clock) -> Context:
         executor=executor,
         bell=bell,
         conductor=conductor,
-        quarantine=quarantine,
-        housekeeping=Housekeeping(database, blobs, quarantine, settings),
+        quarantine=apart,
+        housekeeping=Housekeeping(database, blobs, apart, settings),
     )
 
 
@@ -62,8 +62,11 @@ def create_app(context: Context) -> FastAPI:
     app = FastAPI(title="HLoRA coordinator", version=VERSION, description=DESCRIPTION, lifespan=_conducting)
     app.state.context = context
     problems.install(app)
-    for router in (agents.router, slices.router, runs.reading, runs.changing, fleet.reading, fleet.changing, pages.public, pages.reading):
+    for router in (agents.router, slices.router, pages.public, pages.reading):
         app.include_router(router)
+    for operators in (runs, fleet, quarantine):
+        app.include_router(operators.reading)
+        app.include_router(operators.changing)
     app.add_middleware(BodyLimit, limit=context.settings.json_limit_bytes)
     return app
 

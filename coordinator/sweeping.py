@@ -10,6 +10,9 @@
 3. A put may come just before the deletion and only renew what is about to go, and the `hold` that follows just after it,
    when the blob is condemned no longer. Therefore `hold` looks whether the blob is there.
 
+Only what was put needs `hold`. A job that is drawn names a slice that its round's predecessor names already: its run is locked
+meanwhile, so that round stays the newest published one, which is never forgotten.
+
 A sweep that dies between two arrows leaves a condemned blob, deleted or not; the next one finishes it, and until then
 nobody can name it. How old an orphan must be is no part of this: it only spares those about to name one a second put.
 """
@@ -35,19 +38,14 @@ NAMING = 7260915  # PostgreSQL's advisory lock: shared by all who name blobs, ex
 BATCH = 500  # blobs looked at together; none of them can be named from being condemned until all of them are deleted
 
 
-def share(session: Session) -> None:
-    """Keep what is named when this is called from being condemned before this write transaction ends."""
-    # SQLite's writers exclude each other anyway. On PostgreSQL two transactions would not see each other's new rows.
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock_shared(NAMING)))
-
-
 def hold(session: Session, blobs: Blobs, *digests: str) -> None:
     """Make sure that blobs which were put may be named by rows of this write transaction.
 
     Raises Unavailable where one is being swept, or was swept since it was put; whoever has the bytes puts them again.
     """
-    share(session)
+    # SQLite's writers exclude each other anyway. On PostgreSQL two transactions would not see each other's new rows.
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock_shared(NAMING)))
     # A statement of its own, after the lock: it sees what was committed while the lock was waited for.
     condemned = session.scalar(select(Condemned.digest).where(Condemned.digest.in_(digests)).limit(1))
     lost = condemned or next((digest for digest in digests if not blobs.exists(digest)), None)

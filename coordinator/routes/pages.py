@@ -9,10 +9,10 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from sqlalchemy import func, select, text
 
-from coordinator import clients, events
+from coordinator import clients, events, quarantine
 from coordinator.context import Context
 from coordinator.problems import documented
 from coordinator.routes.requests import COMMON, READERS, Parts
@@ -47,7 +47,7 @@ def readyz(parts: Parts) -> Health:
     responses={200: {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}, **documented(*COMMON)},
 )
 def metrics(parts: Parts) -> Response:
-    """Counts of clients, runs and jobs by state, for Prometheus; a viewer token is enough."""
+    """Counts of clients, runs and jobs by state, of what was set apart and swept, for Prometheus; a viewer token is enough."""
     registry = CollectorRegistry()
     with parts.database.read() as session:
         tables = {
@@ -55,10 +55,15 @@ def metrics(parts: Parts) -> Response:
             "runs": {row.state: row.total for row in session.execute(select(Run.state, func.count().label("total")).group_by(Run.state))},
             "jobs": {row.state: row.total for row in session.execute(select(Job.state, func.count().label("total")).group_by(Job.state))},
         }
+        problems = quarantine.counts(session)
     for noun, counts in tables.items():
         gauge = Gauge(f"hlora_{noun}", f"{noun} by state", ["state"], registry=registry)
         for state, count in counts.items():
             gauge.labels(state).set(count)
+    apart = Gauge("hlora_quarantined", "contributions set apart by problem", ["problem"], registry=registry)
+    for problem, count in problems.items():
+        apart.labels(problem).set(count)
+    Counter("hlora_swept_blobs", "blobs without a name that this process deleted", registry=registry).inc(parts.housekeeping.swept)
     return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
