@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, select, update
+from sqlalchemy import ColumnElement, CursorResult, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import access, cohort, events, published
@@ -27,7 +27,12 @@ def train(
     base = published.round_of(session, run.id, round.number - 1)
     assert base is not None, "a round opens only after the one before it was published"
     views = cohort.assign(session, run.id, plan, chosen, able)
-    return _queue(session, round, JobKind.train, chosen, views, published.slices(session, base.id), round.closes_at, now)
+    return _queue(session, round, JobKind.train, chosen, views, published.slices(session, base.id), _deadline(plan, round, now), now)
+
+
+def _deadline(plan: Plan, round: Round, now: datetime) -> datetime:
+    """When a job must have ended: with its round, or, where jobs outlive rounds, a round's time after it was drawn."""
+    return round.closes_at if plan.buffer is None else now + timedelta(seconds=plan.times.round)
 
 
 def _queue(
@@ -68,6 +73,9 @@ def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: floa
     if not every or (round.number % every and round.number != plan.rounds):
         return []
     able, _ = cohort.eligible(session, run.id, plan, JobKind.evaluate, now, pace)
+    if plan.buffer is not None:  # whoever is still at work would measure, one after the other, all versions that it missed
+        busy = at_work(session, run, round)
+        able = [client for client in able if client.id not in busy]
     trainers, _ = cohort.eligible(session, run.id, plan, JobKind.train, now, pace)
     views = cohort.assign(session, run.id, plan, able, trainers or able)
     if plan.evaluation.rank is not None:
@@ -115,24 +123,47 @@ def refill(session: Session, run: Run, round: Round, now: datetime, pace: float)
     """Draw anew for jobs that were lost, from clients that had no part yet; a lost client that is back takes its job up again."""
     plan = plan_of(run)
     jobs = training_jobs(session, round.id)
-    lacking = plan.cohort.target - sum(job.state in (*ACTIVE, JobState.submitted) for job in jobs)
+    busy = at_work(session, run, round)
+    if plan.buffer is None:
+        busy |= {job.client_id for job in jobs if job.state == JobState.submitted}
+    lacking = plan.cohort.target - len(busy)
     if lacking <= 0:
         return []
     able, _ = cohort.eligible(session, run.id, plan, JobKind.train, now, pace)
-    had = {job.client_id for job in jobs}
+    had = busy | {job.client_id for job in jobs}
     fresh = cohort.draw(plan, round.number, round.attempt, len(jobs), [client for client in able if client.id not in had], lacking)
     woken = train(session, run, round, plan, fresh, able, now)
     present = {client.id: client for client in able}
-    for job in jobs[:]:
+    for job in jobs:
         client = present.get(job.client_id)
         if len(woken) < lacking and client is not None and job.state in GONE and _returned(job, client):
-            job.state, job.reason, job.ended_at, job.created_at, job.deadline = JobState.queued, None, None, now, round.closes_at
+            job.state, job.reason, job.ended_at, job.created_at, job.deadline = (
+                JobState.queued,
+                None,
+                None,
+                now,
+                _deadline(plan, round, now),
+            )
             woken.append(client.id)
     return woken
 
 
 def _returned(job: Job, client: Client) -> bool:
     return job.refusal is None and job.ended_at is not None and client.last_seen is not None and client.last_seen > job.ended_at
+
+
+def at_work(session: Session, run: Run, round: Round) -> set[str]:
+    """The clients that have a training job of the round; with a buffer, of the run: a client has one at a time."""
+    mine = Round.id == round.id if plan_of(run).buffer is None else Round.run_id == run.id
+    query = select(Job.client_id).join(Round, Job.round_id == Round.id).where(mine, Job.kind == JobKind.train, Job.state.in_(ACTIVE))
+    return set(session.scalars(query))
+
+
+def take_over(session: Session, before: Round, round: Round) -> None:
+    """Let a new attempt at a buffered round have what is in work, and what is in, of the one before it."""
+    waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None))
+    mine = (Job.round_id == before.id, Job.kind == JobKind.train, or_(Job.state.in_(ACTIVE), waits))
+    session.execute(update(Job).where(*mine).values(round_id=round.id).execution_options(synchronize_session="fetch"))
 
 
 def training_jobs(session: Session, round_id: int) -> list[Job]:

@@ -25,6 +25,7 @@ from coordinator.lowrank import truncate
 from coordinator.reading import SliceReader, StoredFactors, open_slice
 from protocol import errors
 from protocol.plan import Plan
+from protocol.slices import TORCH_DTYPES
 from protocol.views import Energy
 
 __all__ = ["Input", "Merged", "ModuleTask", "RoundTask", "first_adapter", "merge_module", "merge_round", "merge_tensor"]
@@ -99,14 +100,22 @@ def merge_module(task: ModuleTask) -> Piece:
 
 
 def merge_tensor(task: ModuleTask) -> Piece:
-    """One fully trained tensor's weighted mean, Σ p (γ t + (1 − γ) t₀), summed in float64."""
-    blobs = Blobs.open(task.round.store)
+    """One fully trained tensor's weighted mean, Σ p (γ t + (1 − γ) t₀), summed in float64.
+
+    What started from an older version counts with its change alone, p (T + γ (t − t₀)), where T is what the newest slices hold:
+    otherwise its old t₀ would pull the mean back.
+    """
+    blobs, plan = Blobs.open(task.round.store), task.round.plan
+    newest = open_slice(blobs, task.round.previous).full(task.name).to(TORCH_DTYPES[plan.wire]).double()
     mean = torch.zeros(task.shape, dtype=torch.float64)
     for input in task.round.inputs:
+        base = open_slice(blobs, input.base)
         mean.add_(_opened(blobs, input).full(task.name).double(), alpha=input.weight * input.shrink)
         if input.shrink < 1:
-            mean.add_(open_slice(blobs, input.base).full(task.name).double(), alpha=input.weight * (1 - input.shrink))
-    return tensor_piece(task.round.plan, task.name, mean)
+            mean.add_(base.full(task.name).double(), alpha=input.weight * (1 - input.shrink))
+        if base.header.label.round < task.round.round - 1:
+            mean.add_(newest - base.full(task.name).double(), alpha=input.weight)
+    return tensor_piece(plan, task.name, mean)
 
 
 def _contribution(blobs: Blobs, input: Input, module: str) -> Contribution:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, handout, manifests, published, rounds, sweeping
+from coordinator import clients, counting, events, handout, manifests, published, rounds, sweeping
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.jobs import plan_of
@@ -24,7 +24,7 @@ from coordinator.tables import Client, Job, PublishedSlice, Round, Run
 from protocol.plan import NormBound, Plan
 from protocol.states import JobState, RoundState, RunState
 
-CLAIM = timedelta(seconds=10)  # prolonged while the merge goes on; so long nobody takes over from a coordinator that died
+CLAIM = timedelta(seconds=6)  # prolonged while the merge goes on; so long nobody takes over from a coordinator that died
 CLAIMS = 3  # a round whose merging failed so often fails its run
 
 
@@ -75,8 +75,7 @@ def _update(session: Session, claim: Claim, **values: object) -> bool:
 def task(session: Session, claim: Claim, store: str) -> RoundTask | Plan:
     """What is to be merged; for round 0, the plan from which the first adapter is made."""
     round = session.get_one(Round, claim.round_id)
-    jobs = [job for job in handout.training_jobs(session, round.id) if job.state == JobState.submitted]
-    return task_of(session, round, jobs, store)
+    return task_of(session, round, counting.counted(session, round.id), store)
 
 
 def task_of(session: Session, round: Round, jobs: Sequence[Job], store: str) -> RoundTask | Plan:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from coordinator import published
+from coordinator import leasing, published
 from coordinator.jobs import plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import errors
@@ -81,10 +81,12 @@ def round_view(session: Session, run: Run, number: int, attempt: int | None) -> 
     jobs = _jobs(session, [row.id])[row.id]
     known = session.execute(select(Client.id, Client.name).where(Client.id.in_({job.client_id for job in jobs})))
     names = {row.id: row.name for row in known}
+    listed = {id for job in jobs for id in (job.round_id, job.counted_in) if id is not None}
+    numbers = {row.id: row.number for row in session.execute(select(Round.id, Round.number).where(Round.id.in_(listed)))}
     adapter = None if row.adapter is None or row.adapter_bytes is None else BlobRef(digest=row.adapter, bytes=row.adapter_bytes)
     return RoundView(
         **_summary(run, row, jobs).model_dump(),
-        jobs=[_job_view(job, names[job.client_id]) for job in jobs],
+        jobs=[_job_view(job, names[job.client_id], numbers) for job in jobs],
         adapter=adapter,
         slices=published.slices(session, row.id),
         energy={module: Energy.model_validate(view) for module, view in (row.energy or {}).items()},
@@ -94,15 +96,18 @@ def round_view(session: Session, run: Run, number: int, attempt: int | None) -> 
 
 
 def _jobs(session: Session, round_ids: Sequence[int]) -> dict[int, list[Job]]:
-    found: dict[int, list[Job]] = defaultdict(list)
-    for job in session.scalars(select(Job).where(Job.round_id.in_(round_ids)).order_by(Job.created_at, Job.id)):
-        found[job.round_id].append(job)
+    """By round, the jobs that were handed out in it and those that were merged into it."""
+    found: dict[int, list[Job]] = {id: [] for id in round_ids}
+    mine = or_(Job.round_id.in_(round_ids), Job.counted_in.in_(round_ids))
+    for job in session.scalars(select(Job).where(mine).order_by(Job.created_at, Job.id)):
+        for id in found.keys() & {job.round_id, job.counted_in}:
+            found[id].append(job)
     return found
 
 
 def _summary(run: Run, row: Round, jobs: Sequence[Job]) -> RoundSummary:
-    training = [job for job in jobs if job.kind == JobKind.train]
-    counted = [job for job in training if job.state in (JobState.submitted, JobState.accepted)]
+    own = [job for job in jobs if job.round_id == row.id]
+    counted = [job for job in jobs if job.kind == JobKind.train and _counts(job, row)]
     return RoundSummary(
         number=row.number,
         attempt=row.attempt,
@@ -110,17 +115,24 @@ def _summary(run: Run, row: Round, jobs: Sequence[Job]) -> RoundSummary:
         reason=row.reason,
         opened_at=row.opened_at,
         ended_at=row.ended_at,
-        cohort=len(training),
+        cohort=sum(job.kind == JobKind.train for job in own),
         contributions=len(counted),
         ranks=dict(sorted(Counter(job.rank for job in counted).items())),
-        bytes_up=sum(job.slice_bytes or 0 for job in jobs),
-        bytes_down=sum(job.fetched_bytes for job in jobs),
+        bytes_up=sum(job.slice_bytes or 0 for job in own),
+        bytes_down=sum(job.fetched_bytes for job in own),
         train_seconds=sum(result.usage.seconds for result in map(_result, counted) if result is not None),
         merge_seconds=row.merge_seconds,
-        metrics=_metrics(run, jobs, JobKind.evaluate),
-        train_metrics=_metrics(run, jobs, JobKind.train),
+        metrics=_metrics(run, own, JobKind.evaluate),
+        train_metrics=_metrics(run, counted, JobKind.train),
         kept_energy=_kept([Energy.model_validate(view) for view in (row.energy or {}).values()]),
     )
+
+
+def _counts(job: Job, row: Round) -> bool:
+    """Whether the job's contribution is merged into the round, or waits for it as its own."""
+    if job.counted_in is None and row.state in (RoundState.open, RoundState.abandoned):
+        return job.state == JobState.submitted and job.round_id == row.id
+    return job.counted_in == row.id and job.state in (JobState.submitted, JobState.accepted)
 
 
 def _result(job: Job) -> Result | None:
@@ -155,8 +167,10 @@ def _kept(modules: Sequence[Energy]) -> dict[int, float]:
     return {rank: min(1.0, math.fsum(energy.kept[rank] * energy.total for energy in modules) / total) for rank in ranks}
 
 
-def _job_view(job: Job, client_name: str) -> JobView:
+def _job_view(job: Job, client_name: str, numbers: Mapping[int, int]) -> JobView:
+    """One job, given the numbers of the rounds that it names."""
     result = _result(job)
+    counted_in = None if job.counted_in is None else numbers[job.counted_in]
     return JobView(
         id=job.id,
         client=job.client_id,
@@ -164,13 +178,16 @@ def _job_view(job: Job, client_name: str) -> JobView:
         kind=JobKind(job.kind),
         state=JobState(job.state),
         reason=job.reason,
-        rank=RankView.model_validate(job.rank_view),
+        rank=RankView.model_validate(job.rank_view | {"reason": leasing.reason(job)}),
         epoch=job.epoch,
         progress=None if job.progress is None else Progress.model_validate(job.progress),
         slice=None if job.slice is None or job.slice_bytes is None else BlobRef(digest=job.slice, bytes=job.slice_bytes),
         examples=result and result.examples,
         weight=job.weight,
         change_norm=job.change_norm,
+        counted_in=counted_in,
+        staleness=None if counted_in is None else counted_in - numbers[job.round_id],
+        max_steps=job.max_steps,
         metrics=result.metrics if result else {},
         usage=result and result.usage,
     )

@@ -4,7 +4,8 @@
         ↘ abandoned (too few contributions at the deadline)
 
 Round 0 publishes the untrained adapter; it begins in merging. Every change of state is compare-and-set, so that it
-happens once whoever tries it.
+happens once whoever tries it. Where a plan has a buffer, rounds only collect: jobs belong to the round in which they were
+handed out, outlive it, and are merged into the round in which they come.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any, cast
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, cohort, events, handout
-from coordinator.jobs import ACTIVE, plan_of
+from coordinator import cohort, counting, events, handout
+from coordinator.jobs import plan_of
 from coordinator.tables import Client, Job, Round, Run
-from protocol.plan import Plan
+from protocol.plan import Buffer, Plan
 from protocol.states import JobKind, JobState, RoundState, RunState
 
 
@@ -56,8 +57,12 @@ def open_next(session: Session, run: Run, last: Round, now: datetime, pace: floa
     session.add(round)
     session.flush()
     events.record(session, now, "round-opened", run=run.id, round=number, attempt=attempt)
-    wanted = math.ceil(plan.cohort.target * plan.cohort.over_selection)
     measuring = handout.evaluate(session, run, last, now, pace) if (number, attempt) == (1, 1) else []
+    if plan.buffer is not None:
+        if attempt > 1:
+            handout.take_over(session, last, round)
+        return measuring + handout.refill(session, run, round, now, pace)
+    wanted = math.ceil(plan.cohort.target * plan.cohort.over_selection)
     return measuring + handout.train(session, run, round, plan, cohort.draw(plan, number, attempt, 0, able, wanted), able, now)
 
 
@@ -98,67 +103,55 @@ class Verdict:
 def verdict(session: Session, run: Run, round: Round, now: datetime) -> Verdict | None:
     """Close or abandon the round, because the target is in or time is up; or leave it open."""
     plan = plan_of(run)
-    submitted = sum(job.state == JobState.submitted for job in handout.training_jobs(session, round.id))
-    if submitted >= plan.cohort.target:
-        return Verdict(True, f"the target of {plan.cohort.target} is in")
+    submitted, target, quorum = len(counting.waiting(session, run, round)), counting.target(plan), counting.quorum(plan)
+    if submitted >= target:
+        return Verdict(True, f"the target of {target} is in" if plan.buffer is None else f"the buffer of {target} is full")
     if now >= round.closes_at:
-        return Verdict(submitted >= plan.cohort.quorum, f"{submitted} contributions at the deadline, quorum {plan.cohort.quorum}")
+        return Verdict(submitted >= quorum, f"{submitted} contributions at the deadline, quorum {quorum}")
     return None
 
 
 def last_verdict(session: Session, run: Run, round: Round) -> Verdict | None:
     """Of a round that could not be filled up: close it if the quorum is in and nobody is left to wait for."""
-    quorum = plan_of(run).cohort.quorum
-    states = [job.state for job in handout.training_jobs(session, round.id)]
-    submitted = states.count(JobState.submitted)
-    if submitted < quorum or any(state in ACTIVE for state in states):
+    submitted, quorum = len(counting.waiting(session, run, round)), counting.quorum(plan_of(run))
+    if submitted < quorum or handout.at_work(session, run, round):
         return None
     return Verdict(True, f"{submitted} contributions, quorum {quorum}, and nobody left to wait for")
 
 
 def close(session: Session, run: Run, round: Round, reason: str, now: datetime) -> bool:
-    """open → merging: settle the weights of what is in, and cancel the rest."""
+    """open → merging: settle what is merged with which weight, and end what can never be."""
     if not _move(session, round, RoundState.open, RoundState.merging, reason=reason):
         return False
-    handout.end(session, Job.round_id == round.id, Job.kind == JobKind.train, state=JobState.cancelled, reason="the round closed", now=now)
-    jobs = [job for job in handout.training_jobs(session, round.id) if job.state == JobState.submitted]
-    for job, weight in zip(jobs, _weights(session, plan_of(run), jobs), strict=True):
-        job.weight = weight
-    events.record(session, now, "round-closed", run=run.id, round=round.number, contributions=len(jobs), reason=reason)
+    plan, closed = plan_of(run), f"the round closed at {now:%Y-%m-%d %H:%M:%S} UTC: {reason}"
+    if plan.buffer is None:
+        handout.end(session, Job.round_id == round.id, Job.kind == JobKind.train, state=JobState.cancelled, reason=closed, now=now)
+    count = counting.settle(session, run, round, now)
+    if plan.buffer is not None:
+        _retire(session, run, round, plan.buffer, closed, now)
+    events.record(session, now, "round-closed", run=run.id, round=round.number, contributions=count, reason=round.reason)
     return True
 
 
-def _weights(session: Session, plan: Plan, jobs: Sequence[Job]) -> list[float]:
-    counts = []
-    for job in jobs:
-        known = clients.get(session, job.client_id).profile["datasets"].get(plan.data, {}).get("train", 0)
-        assert job.result is not None, "a submitted job has a result"
-        counts.append(max(1, min(int(job.result["examples"]), int(known))))
-    return shares(counts, plan.largest_share)
-
-
-def shares(counts: Sequence[int], largest: float) -> list[float]:
-    """Weights that sum to one, in proportion to the counts, none above `largest` (or an equal share, if that is more).
-
-    What is cut from the largest goes to the others in proportion, until none is above.
-    """
-    limit = max(largest, 1 / len(counts)) if counts else 1.0
-    free = set(range(len(counts)))
-    weights = [0.0] * len(counts)
-    while free:
-        room, total = 1 - limit * (len(counts) - len(free)), sum(counts[i] for i in free)
-        over = {i for i in free if room * counts[i] / total > limit}
-        for i in over or free:
-            weights[i] = limit if over else room * counts[i] / total
-        free = free - over if over else set()
-    return weights
+def _retire(session: Session, run: Run, round: Round, buffer: Buffer, closed: str, now: datetime) -> None:
+    """End the jobs, and reject the contributions, that no later round will merge: they are too old, or this was the last."""
+    last = round.number >= plan_of(run).rounds
+    started = round.number if last else round.number - buffer.largest_staleness
+    old = select(Round.id).where(Round.run_id == run.id, Round.number <= started)
+    limit = f"it started too long ago for any later round: the plan allows {buffer.largest_staleness} versions between start and merge"
+    reason = f"it comes after the last round; {closed}" if last else f"{limit}; {closed}"
+    handout.end(session, Job.round_id.in_(old), Job.kind == JobKind.train, state=JobState.cancelled, reason=reason, now=now)
+    for found in counting.waiting(session, run, round):
+        if last or found.staleness >= buffer.largest_staleness:
+            found.job.state, found.job.reason = JobState.cancelled if last else JobState.rejected, reason
 
 
 def abandon(session: Session, run: Run, round: Round, reason: str, now: datetime) -> None:
     """open → abandoned; after the plan's number of attempts the run pauses and says why."""
     if not _move(session, round, RoundState.open, RoundState.abandoned, reason=reason, ended_at=now):
         return
-    handout.end(session, Job.round_id == round.id, state=JobState.cancelled, reason="the round was abandoned", now=now)
+    if plan_of(run).buffer is None:  # otherwise the next attempt takes over what is in work and what is in
+        handout.end(session, Job.round_id == round.id, state=JobState.cancelled, reason="the round was abandoned", now=now)
     events.record(session, now, "round-abandoned", run=run.id, round=round.number, attempt=round.attempt, reason=reason)
     attempts = plan_of(run).cohort.attempts
     if round.attempt % attempts == 0:

@@ -25,8 +25,24 @@ def check(plan: Plan) -> None:
             "the plan is not resolved: it lacks the base model's layout or fingerprint; `python -m admin runs create` resolves it, "
             "`python -m admin plans resolve` writes the resolved plan"
         )
-    aggregation.check(plan.strategy)
+    strategy = aggregation.check(plan.strategy)
     ranks.check(plan.ranks)
+    if plan.buffer is not None:
+        _check_buffered(plan, strategy)
+
+
+def _check_buffered(plan: Plan, strategy: aggregation.Strategy) -> None:
+    if not isinstance(strategy, aggregation.Changes):
+        able = ", ".join(name for name in aggregation.names() if issubclass(aggregation.load(name), aggregation.Changes))
+        raise errors.InvalidPlan(
+            f"strategy {plan.strategy.name} merges what clients have, and an old version would pull the new one back; "
+            f"with a buffer take one that merges what they changed: {able}"
+        )
+    if plan.cohort.over_selection != 1:
+        raise errors.InvalidPlan(
+            f"cohort.over_selection is {plan.cohort.over_selection:g}, and with a buffer nobody's work is in vain; leave it out, and let "
+            "cohort.target be the clients that are at work at a time"
+        )
 
 
 def create(session: Session, plan: Plan, key: str | None, now: datetime) -> tuple[Run, bool]:

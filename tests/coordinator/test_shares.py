@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.rounds import shares
+from coordinator.counting import shares
 
 COUNTS = st.lists(st.integers(1, 10**12), min_size=1, max_size=40)
 LARGEST = st.floats(0.001, 1.0)

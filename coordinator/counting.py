@@ -1,0 +1,137 @@
+"""Which contributions a round merges, and how much each of them counts.
+
+A round that waits for its own clients takes what these sent. Where contributions are buffered, a round takes the oldest
+`size` that are in, whichever version each of them started from, and leaves the others to the next one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from statistics import median
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coordinator import events, quarantine
+from coordinator.jobs import plan_of
+from coordinator.tables import Client, Job, Round, Run
+from protocol.messages import BlobRef
+from protocol.plan import Plan
+from protocol.states import JobKind, JobState
+
+SUSPICIOUS = "suspicious-change"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A contribution that is in and was not merged yet."""
+
+    job: Job
+    client: Client
+    staleness: int  # versions published since the one that it started from
+
+
+def target(plan: Plan) -> int:
+    """The contributions that close a round at once."""
+    return plan.cohort.target if plan.buffer is None else plan.buffer.size
+
+
+def quorum(plan: Plan) -> int:
+    """The contributions that suffice when a round's time is over."""
+    return min(plan.cohort.quorum, target(plan))
+
+
+def waiting(session: Session, run: Run, round: Round) -> list[Waiting]:
+    """The contributions that the round may merge, in the order in which they came.
+
+    Those that came in the same moment are ordered by what does not change from one execution to the next.
+    """
+    query = (
+        select(Job, Client, Round.number)
+        .join(Client, Job.client_id == Client.id)
+        .join(Round, Job.round_id == Round.id)
+        .where(Job.kind == JobKind.train, Job.state == JobState.submitted, Job.counted_in.is_(None))
+        .where(Round.id == round.id if plan_of(run).buffer is None else Round.run_id == run.id)
+        .order_by(Job.ended_at, Round.number, Client.name)
+    )
+    return [Waiting(job, client, round.number - number) for job, client, number in session.execute(query)]
+
+
+def counted(session: Session, round_id: int) -> list[Job]:
+    """The jobs whose contributions are merged into a round that has closed."""
+    query = select(Job).where(Job.counted_in == round_id, Job.state.in_((JobState.submitted, JobState.accepted)))
+    return list(session.scalars(query.order_by(Job.ended_at, Job.id)))
+
+
+def settle(session: Session, run: Run, round: Round, now: datetime) -> int:
+    """Say what a closed round merges, and with which weights; set apart what is far from the others. Gives how many count.
+
+    Nothing is set apart where the rest would be no quorum; then the round's reason says so.
+    """
+    plan = plan_of(run)
+    taken = waiting(session, run, round)
+    taken = taken if plan.buffer is None else taken[: plan.buffer.size]
+    apart = suspects([found.job.change_norm or 0.0 for found in taken], plan.suspicious)
+    if len(taken) - len(apart) < quorum(plan):
+        round.reason = f"{round.reason}; suspicious contributions count, {len(apart)} of {len(taken)}: the rest would be no quorum"
+        apart = {}
+    for at, reason in apart.items():
+        _set_apart(session, run, round, taken[at], reason, now)
+    kept = [found for at, found in enumerate(taken) if at not in apart]
+    for found, weight in zip(kept, _weights(plan, kept), strict=True):
+        found.job.counted_in, found.job.weight = round.id, weight
+    return len(kept)
+
+
+def suspects(norms: Sequence[float], factor: float | None) -> dict[int, str]:
+    """Which of these changes are more than `factor` times as large as their median, and a sentence for each.
+
+    Where the typical change is zero there is nothing to compare with.
+    """
+    typical = median(norms) if norms else 0.0
+    if factor is None or not typical > 0:
+        return {}
+    words = f"times the median of {typical:.4g} of the {len(norms)} contributions; the plan allows {factor:g} times"
+    return {at: f"its change of {norm:.4g} is {norm / typical:.3g} {words}" for at, norm in enumerate(norms) if norm > factor * typical}
+
+
+def _set_apart(session: Session, run: Run, round: Round, found: Waiting, reason: str, now: datetime) -> None:
+    job = found.job
+    assert job.slice is not None, "a submitted job has a slice"
+    assert job.slice_bytes is not None, "a slice has a length"
+    job.state, job.reason = JobState.rejected, reason
+    events.record(session, now, "job-rejected", run=run.id, round=round.number, client=found.client.name, reason=reason)
+    quarantine.keep(session, job, SUSPICIOUS, reason, BlobRef(digest=job.slice, bytes=job.slice_bytes), now)
+
+
+def _weights(plan: Plan, kept: Sequence[Waiting]) -> list[float]:
+    """The shares of the examples; with a buffer, of examples · (1 + staleness)^−exponent (FedBuff, Nguyen et al. 2022)."""
+    exponent = 0.0 if plan.buffer is None else plan.buffer.exponent
+    counts = [_examples(plan, found) * (1 + found.staleness) ** -exponent for found in kept]
+    return shares(counts, plan.largest_share)
+
+
+def _examples(plan: Plan, found: Waiting) -> int:
+    known = found.client.profile["datasets"].get(plan.data, {}).get("train", 0)
+    assert found.job.result is not None, "a submitted job has a result"
+    return max(1, min(int(found.job.result["examples"]), int(known)))
+
+
+def shares(counts: Sequence[float], largest: float) -> list[float]:
+    """Weights that sum to one, in proportion to the counts > 0, none above `largest` (or an equal share, if that is more).
+
+    What is cut from the largest goes to the others in proportion, until none is above. The order is no part of the result.
+    """
+    limit = max(largest, 1 / len(counts)) if counts else 1.0
+    free = set(range(len(counts)))
+    weights = [0.0] * len(counts)
+    while free:
+        room, total = 1 - limit * (len(counts) - len(free)), math.fsum(counts[i] for i in free)
+        over = {i for i in free if room * counts[i] / total > limit}
+        for i in over or free:
+            weights[i] = limit if over else room * counts[i] / total
+        free = free - over if over else set()
+    return weights
