@@ -6,6 +6,7 @@ would otherwise fail, not wait, when another writer came between.
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -60,6 +61,29 @@ def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite database; none for PostgreSQL. Raises InvalidRequest for any other URL."""
     parsed = _parsed(url)
     return Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" else None
+
+
+@contextmanager
+def claimed(url: str) -> Iterator[None]:
+    """Keep other coordinators from a SQLite file while the block lasts, and no other command; PostgreSQL serves any number.
+
+    Raises Conflict if another coordinator is at work on the file.
+    """
+    parsed = _parsed(url)
+    if parsed.get_backend_name() != "sqlite":
+        yield
+        return
+    path = Path(f"{parsed.database}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it ends
+        except BlockingIOError:
+            raise errors.Conflict(
+                f"another coordinator is at work on {parsed.database}, and one SQLite file serves one: stop that one first, or "
+                "set HLORA_COORDINATOR_DATABASE_URL to a PostgreSQL database, which serves several"
+            ) from None
+        yield
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

@@ -82,7 +82,7 @@ async def test_a_claim_that_was_left_behind_is_taken_up_later_with_the_same_byte
         assert publishing.claim(session, round_id, federation.clock.now) is not None
 
     federation.tick()
-    federation.clock.advance(9.9)
+    federation.clock.advance(5.9)
     federation.tick()
     assert (await federation.admin.round(disturbed, 1)).state is RoundState.merging
     federation.clock.advance(0.1)
@@ -125,7 +125,7 @@ async def test_a_claim_can_be_held_for_as_long_as_a_merge_takes(small: Federatio
         claim = publishing.claim(session, round_id, small.clock.now)
     assert claim is not None
     for _ in range(5):
-        small.clock.advance(8)
+        small.clock.advance(5)
         with small.parts.database.write() as session:
             assert publishing.prolong(session, claim, small.clock.now)
             assert publishing.claim(session, round_id, small.clock.now) is None
