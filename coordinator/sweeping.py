@@ -79,7 +79,8 @@ def _needed() -> list[tuple[InstrumentedAttribute[Any], Select[Any]]]:
         (Job.slice, select(Job.slice).join(Round, merged).where(needed)),
         (Job.base, select(Job.base).join(Round, merged).where(needed)),
         (Part.digest, select(Part.digest)),
-        (Quarantined.digest, select(Quarantined.digest)),
+        # Rejected slices lie in a store of their own; what is suspicious was accepted and lies here.
+        (Quarantined.digest, select(Quarantined.digest).join(Job, Quarantined.job_id == Job.id).where(Job.slice == Quarantined.digest)),
     ]
 
 
