@@ -81,6 +81,7 @@ def answer(error: HLoRAError) -> JSONResponse:
     """The HTTP answer of an error."""
     headers = {name: value for kind, extra in _HEADERS.items() if isinstance(error, kind) for name, value in extra.items()}
     body = problem(error).model_dump(mode="json")
+    headers["Link"] = f'<{body["type"]}>; rel="type"'  # all that an answer to HEAD, which has no body, can say
     return JSONResponse(body, status_code=int(status(type(error))), headers=headers, media_type=MEDIA_TYPE)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -73,8 +73,13 @@ def open_file(path: Path, largest_header: int = LARGEST_HEADER) -> Iterator[Slic
     with path.open("rb") as file:
         length = path.stat().st_size
         header = read_header(file.read(min(length, largest_header)), length)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            yield SliceReader(header, lambda start, stop: view[start:stop])
+        yield SliceReader(header, partial(_read, file))
+
+
+def _read(file: BinaryIO, start: int, stop: int) -> bytes:
+    # Not mapped into memory: what was read of a large slice would count as memory of this process.
+    file.seek(start)
+    return file.read(stop - start)
 
 
 # A worker merges module after module of the same contributions; their tables of contents are read once.

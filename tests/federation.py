@@ -98,8 +98,12 @@ def make_profile(train: int = 10, held_out: int = 3, **changes: Any) -> Profile:
 def refusal(response: httpx.Response) -> errors.HLoRAError:
     """The error that a refusal stands for; the refusal's form is held against the contract on the way."""
     assert response.headers["content-type"] == problems.MEDIA_TYPE, response.text
+    kind = errors.by_slug(response.headers["link"].removeprefix("</problems/").removesuffix('>; rel="type"'))
+    assert response.headers["link"] == f'</problems/{kind.slug()}>; rel="type"'
+    if not response.content and response.request.method == "HEAD":
+        assert response.status_code == problems.status(kind)
+        return kind()
     problem = Problem.model_validate_json(response.content)
-    kind = errors.by_slug(problem.type.removeprefix("/problems/"))
     assert problem.type == f"/problems/{kind.slug()}"
     assert problem.title == kind.title()
     assert problem.status == response.status_code == problems.status(kind)
@@ -187,6 +191,29 @@ class Device(Caller):
     async def put_slice(self, job: Job, data: bytes, *, epoch: int | None = None, headers: Mapping[str, str] | None = None) -> SliceReceipt:
         sent = {"Lease-Epoch": str(epoch or job.lease.epoch), "Repr-Digest": repr_digest(data)} | dict(headers or {})
         return read(await self.call("PUT", f"/v1/jobs/{job.id}/slice", content=data, headers=sent), SliceReceipt)
+
+    async def head(self, job: Job, *, epoch: int | None = None) -> httpx.Headers:
+        """How far the job's slice is."""
+        response = await self.call("HEAD", f"/v1/jobs/{job.id}/slice", headers={"Lease-Epoch": str(epoch or job.lease.epoch)})
+        done(response)
+        return response.headers
+
+    async def patch(
+        self, job: Job, data: bytes, start: int, stop: int, *, epoch: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> int | SliceReceipt:
+        """Send bytes start … stop − 1 of a slice; gives the offset behind them, or the receipt of the whole."""
+        sent = {
+            "Lease-Epoch": str(epoch or job.lease.epoch),
+            "Upload-Offset": str(start),
+            "Upload-Length": str(len(data)),
+            "Repr-Digest": repr_digest(data),
+        }
+        response = await self.call("PATCH", f"/v1/jobs/{job.id}/slice", content=data[start:stop], headers=sent | dict(headers or {}))
+        if response.status_code == 204:
+            return int(response.headers["Upload-Offset"])
+        receipt = read(response, SliceReceipt)
+        assert response.headers["Upload-Offset"] == str(receipt.bytes)
+        return receipt
 
     async def put_result(self, job: Job, result: Result) -> ResultReceipt:
         return read(await self.call("PUT", f"/v1/jobs/{job.id}/result", json=result.model_dump(mode="json")), ResultReceipt)
