@@ -66,7 +66,8 @@ def _held(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
             f"the lease is at epoch {job.epoch}, yours was {epoch}: the job was given out again", epoch=job.epoch, came=epoch
         )
     if job.state != JobState.leased:
-        raise errors.JobOver(f"the job is {job.state}{f': {job.reason}' if job.reason else ''}; ask for the next one", state=job.state)
+        why = f": {job.reason}" if job.reason else ""
+        raise errors.JobOver(f"the job is {job.state}{why}; nothing more counts for it: drop it and ask for the next one", state=job.state)
     return job
 
 
