@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from protocol import errors
 from protocol.states import Role
 
 if TYPE_CHECKING:
+    from coordinator.backup import Copied
     from coordinator.database import Database
 
 TOLD_EVERY = 5.0  # seconds between two lines about how far a long command is
@@ -34,7 +36,7 @@ def serve(
 ) -> None:
     """Run the whole coordinator in one process: routes, conductor and merging. Brings the database up to date first."""
     from coordinator import app as application
-    from coordinator import schema, server
+    from coordinator import database, schema, server
     from protocol import crash
 
     settings = _settings()
@@ -43,10 +45,11 @@ def serve(
     _configure_logs(settings)
     if settings.crash_at is not None:
         crash.arm(settings.crash_at)
-    schema.migrate(settings.database)
-    parts = application.build(settings)
-    _greet(parts.database.engine.url.render_as_string(), settings)
-    server.serve(application.create_app(parts), settings, before_exit=parts.bell.close)
+    with database.claimed(settings.database):
+        schema.migrate(settings.database)
+        parts = application.build(settings)
+        _greet(parts.database.engine.url.render_as_string(), settings)
+        server.serve(application.create_app(parts), settings, before_exit=parts.bell.close)
 
 
 @app.command()
@@ -114,6 +117,75 @@ def verify(
     raise typer.Exit(0 if verification.Verdict.agrees in verdicts else 2)
 
 
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", file_okay=False, help="the folder of the backup")]
+
+
+@app.command()
+def backup(folder: Folder) -> None:
+    """Copy the database and every blob that it needs to a folder. Works beside a running coordinator.
+
+    Blobs that the folder has already are checked and not copied again. Exit code 1 where a blob is missing or damaged.
+    """
+    from coordinator import backup
+    from coordinator.blobs import Blobs
+
+    settings = _settings()
+    with _existing(settings):
+        _report(backup.back_up(settings.database, Blobs.open(settings.blobs), folder, _teller()))
+
+
+@app.command()
+def restore(folder: Folder) -> None:
+    """Put a backup into an empty database and the store of blobs, before serve. Overwrites nothing.
+
+    What was not finished when the backup was made goes on by itself.
+    """
+    from coordinator import backup
+    from coordinator.blobs import Blobs
+
+    settings = _settings()
+    _report(backup.restore(settings.database, Blobs.open(settings.blobs), folder, settings.spool_folder, _teller()))
+
+
+def _report(done: Copied) -> None:
+    typer.echo(done.line())
+    if done.lost:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="delete nothing, only say what would be deleted")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
+) -> None:
+    """Delete blobs that nothing names, and files of uploads that were cut off. A coordinator does it by itself now and then.
+
+    Nothing that is named is ever deleted, nor what is younger than HLORA_COORDINATOR_SWEEP_GRACE_SECONDS.
+    """
+    from datetime import timedelta
+
+    from coordinator import sweeping
+    from coordinator.blobs import Blobs
+
+    settings = _settings()
+    blobs = Blobs.open(settings.blobs)
+    with _existing(settings) as database:
+        with database.read() as session:
+            before = database.clock(session) - timedelta(seconds=settings.sweep_grace_seconds)
+        batches = sweeping.orphans(database, blobs, before) if dry_run else sweeping.sweep(database, blobs, before)
+        found = [{"digest": blob.digest, "bytes": blob.bytes, "put": blob.modified.isoformat()} for batch in batches for blob in batch]
+        files = list(sweeping.leftovers(blobs, settings.spool_folder, before))
+        if not dry_run:
+            sweeping.clear(files)
+    verb = "would delete" if dry_run else "deleted"
+    if as_json:
+        typer.echo(json.dumps({"dry_run": dry_run, "blobs": found, "files": [str(path) for path in files]}))
+        return
+    for line in [*(f"{blob['digest']}, {blob['bytes']} bytes, put at {blob['put']}" for blob in found), *map(str, files)]:
+        typer.echo(f"{verb} {line}")
+    typer.echo(f"{verb} {len(found)} blobs that nothing names and {len(files)} files that nobody finished")
+
+
 def _settings() -> Settings:
     from pydantic import ValidationError
 
@@ -134,7 +206,9 @@ def _existing(settings: Settings) -> Iterator[Database]:
     if file is not None and not file.exists():
         raise errors.NotFound(f"there is no database {file}; is HLORA_COORDINATOR_DATA the coordinator's?")
     if not schema.is_current(settings.database):
-        raise errors.Conflict("the database is not at this program's schema; back it up, then run: python -m coordinator migrate")
+        raise errors.Conflict(
+            "the database has not this program's schema: run python -m coordinator migrate, or the program that it belongs to"
+        )
     database = Database(settings.database)
     try:
         yield database

@@ -1,0 +1,215 @@
+"""A coordinator's work copied to a folder while it goes on, and put back elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+from typer.testing import CliRunner, Result
+
+from coordinator import backup, dumps, retention
+from coordinator.__main__ import app
+from protocol import slices
+from protocol.states import RunState
+from protocol.views import RoundView
+from tests.federation import Clock, Device, Federation, Operator, make_plan, open_federation
+
+PLAN = make_plan(rounds=2, evaluation={"every": 0})
+both = pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+
+
+@pytest.fixture
+def url(kind: str, request: pytest.FixtureRequest) -> str:
+    """A database for a coordinator to work on."""
+    found: str = request.getfixturevalue(f"{kind}_url")
+    return found
+
+
+@pytest.fixture
+def empty_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of the same kind to restore into."""
+    found: str = request.getfixturevalue("empty_postgres_url") if kind == "postgres" else f"sqlite:///{tmp_path}/elsewhere/new.sqlite"
+    return found
+
+
+def command(database_url: str, data: Path, *words: object, **environment: str) -> Result:
+    """What the coordinator's command says."""
+    settings = {"HLORA_COORDINATOR_DATA": str(data), "HLORA_COORDINATOR_DATABASE_URL": database_url}
+    return CliRunner().invoke(app, [str(word) for word in words], env=settings | environment)
+
+
+def said(database_url: str, data: Path, *words: object) -> str:
+    """What it says when all is well."""
+    result = command(database_url, data, *words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout.strip()
+
+
+async def published(admin: Operator, run: str) -> list[object]:
+    """The names of everything that a run published, and of what it was made from."""
+    views: list[RoundView] = [await admin.round(run, number) for number in range(PLAN.rounds + 1)]
+    return [(view.adapter, view.slices, view.manifest and sorted(input.digest for input in view.manifest.inputs)) for view in views]
+
+
+def moved_to(federation: Federation, devices: list[Device]) -> list[Device]:
+    """The devices, with the same credentials at another coordinator."""
+    return [replace(device, http=federation.http) for device in devices]
+
+
+@both
+@pytest.mark.parametrize("away", [0, 61], ids=["leases-held", "leases-lost"])
+async def test_a_backup_made_in_the_middle_of_a_round_goes_on_elsewhere_to_the_same_bytes(
+    url: str, empty_url: str, away: float, tmp_path: Path
+) -> None:
+    """The first client had answered, the second had sent half of its slice, the third was at work."""
+    clock = Clock()
+    async with open_federation(url, tmp_path / "data", clock) as first:
+        run, devices, (job, cut, held) = await first.training(PLAN)
+        await devices[0].complete(job)
+        data = await devices[1].trained(cut)
+        await devices[1].patch(cut, data, 0, 1000)
+
+        assert said(url, tmp_path / "data", "backup", tmp_path / "backup").endswith("all sound")
+
+        await first.play([run])
+        undisturbed = await published(first.admin, run)
+
+    said(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup")
+    clock.advance(away)
+    async with open_federation(empty_url, tmp_path / "elsewhere", clock) as second:
+        one, two, three = moved_to(second, devices)
+        if not away:
+            assert (await two.head(cut))["Upload-Offset"] == "1000"
+            await two.patch(cut, data, 1000, len(data))
+            await two.put_result(cut, two.result(cut, slices.digest(data)))
+            await three.renew(held, step=1)
+            await three.complete(held)
+        second.tick()
+        clock.advance(1)  # whoever comes after its lease was lost takes its job up again
+        admin = Operator(second.http, first.admin.secret)
+        (view,) = await replace(second, admin=admin).play([run], [one, two, three])
+
+        assert view.state is RunState.finished
+        assert await published(admin, run) == undisturbed
+    assert "differs" not in said(empty_url, tmp_path / "elsewhere", "verify", run)
+
+
+@both
+async def test_a_later_backup_copies_what_is_new_and_mends_what_it_had(url: str, tmp_path: Path) -> None:
+    async with open_federation(url, tmp_path / "data") as federation:
+        _, devices, jobs = await federation.training(PLAN)
+        before = said(url, tmp_path / "data", "backup", tmp_path / "backup")
+        again = said(url, tmp_path / "data", "backup", tmp_path / "backup")
+        await devices[0].complete(jobs[0])
+        kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "backup").glob("blobs/sha256/*")}
+        damaged = next(iter(kept))
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+        later = said(url, tmp_path / "data", "backup", tmp_path / "backup")
+
+    # Of round 0: the adapter and the slice that was handed out; the other rank's slice.
+    assert "and 3 blobs, 3 of them new" in before
+    assert "and 3 blobs, 0 of them new (0 bytes)" in again
+    assert "and 4 blobs, 2 of them new" in later
+    assert [path for path, modified in kept.items() if path.stat().st_mtime_ns != modified] == [damaged]
+    assert slices.digest(damaged.read_bytes()) == f"sha256:{damaged.name}"
+
+
+@both
+async def test_what_is_given_up_while_it_is_copied_is_not_missed(url: str, tmp_path: Path) -> None:
+    """The retention policy and the sweep come between the copy of the rows and that of the blobs."""
+    async with open_federation(url, tmp_path / "data") as federation:
+        await federation.enrol_many(3)
+        run = await federation.open(PLAN)
+        await federation.play([run])
+        manifest = (await federation.admin.round(run, 1)).manifest
+        assert manifest is not None
+        store = federation.parts.blobs
+
+        def meanwhile(_: str) -> None:
+            with federation.parts.database.write() as session:
+                if retention.forget(session, 1, federation.clock.now):
+                    for input in manifest.inputs:
+                        store.delete(input.digest)
+
+        done = backup.back_up(url, store, tmp_path / "backup", meanwhile)
+
+    assert done.lost == ()
+    assert not any((tmp_path / "backup" / "blobs" / input.digest.replace(":", "/")).exists() for input in manifest.inputs)
+
+
+@pytest.mark.parametrize("kind", ["sqlite"])
+@pytest.mark.parametrize("harm", ["lost", "damaged"])
+async def test_a_blob_that_cannot_be_copied_is_named_and_everything_else_is_copied(url: str, harm: str, tmp_path: Path) -> None:
+    async with open_federation(url, tmp_path / "data") as federation:
+        run = (await federation.admin.create(PLAN)).id
+        federation.tick()
+        digest = (await federation.admin.round(run, 0)).slices[2].digest
+        path = tmp_path / "data" / "blobs" / digest.replace(":", "/")
+        path.unlink() if harm == "lost" else path.write_bytes(b"!")
+
+        result = command(url, tmp_path / "data", "backup", tmp_path / "backup")
+
+    assert result.exit_code == 1
+    assert f"LOST: {digest}" in result.stdout
+    assert "and 2 blobs, 2 of them new" in result.stdout
+    assert (tmp_path / "backup" / "database.sqlite").exists()
+
+
+@both
+async def test_nothing_is_restored_over_anything(url: str, empty_url: str, tmp_path: Path) -> None:
+    async with open_federation(url, tmp_path / "data") as federation:
+        said(url, tmp_path / "data", "backup", tmp_path / "backup")
+        over = command(url, tmp_path / "data", "restore", tmp_path / "backup")
+        nothing = command(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "data")
+        assert (await federation.admin.call("GET", "/v1/runs")).status_code == 200
+
+    assert "nothing is overwritten" in str(over.exception)
+    assert "it is no backup of this kind of database" in str(nothing.exception)
+    assert dumps.is_empty(empty_url)
+    said(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup")
+    assert not dumps.is_empty(empty_url)
+
+
+@pytest.mark.parametrize("kind", ["sqlite"])
+def test_a_log_that_another_database_left_behind_is_not_played_into_a_restored_one(url: str, tmp_path: Path) -> None:
+    said(url, tmp_path / "data", "backup", tmp_path / "backup")
+    (tmp_path / "data" / "hlora.sqlite-wal").write_bytes(b"old")
+
+    result = command(f"sqlite:///{tmp_path}/data/hlora.sqlite", tmp_path / "data", "restore", tmp_path / "backup")
+
+    assert "nothing is overwritten" in str(result.exception)
+
+
+@pytest.mark.parametrize("kind", ["sqlite"])
+def test_a_backup_needs_a_folder_of_its_own(url: str, tmp_path: Path) -> None:
+    result = command(url, tmp_path / "data", "backup", tmp_path / "data")
+
+    assert "a backup needs a folder of its own" in str(result.exception)
+    assert not (tmp_path / "data" / "database.sqlite").exists()
+
+
+@pytest.mark.postgres
+def test_without_postgresqls_programs_it_is_said_what_to_install(postgres_url: str, tmp_path: Path) -> None:
+    result = command(postgres_url, tmp_path, "backup", tmp_path / "backup", PATH="")
+
+    assert "pg_dump is not on the PATH; install PostgreSQL's client programs" in str(result.exception)
+
+
+@pytest.mark.postgres
+def test_a_dump_that_cannot_be_read_leaves_the_database_empty(empty_postgres_url: str, tmp_path: Path) -> None:
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup" / "database.dump").write_bytes(b"PGDMP no more")
+
+    result = command(empty_postgres_url, tmp_path, "restore", tmp_path / "backup")
+
+    assert str(result.exception).startswith("pg_restore failed: ")
+    assert dumps.is_empty(empty_postgres_url)
+
+
+@pytest.mark.postgres
+def test_a_password_in_the_url_is_no_obstacle(postgres_url: str, tmp_path: Path) -> None:
+    url = make_url(postgres_url).set(password="a:b\\c").render_as_string(hide_password=False)
+
+    said(url, tmp_path, "backup", tmp_path / "backup")
