@@ -25,8 +25,9 @@ from coordinator.database import Database
 from coordinator.initial import first_adapter
 from coordinator.merge import RoundTask, merge_round
 from coordinator.publishing import Claim
+from coordinator.stores import room
 from protocol.crash import Point
-from protocol.errors import HLoRAError
+from protocol.errors import HLoRAError, Unavailable
 from protocol.plan import Plan
 
 log = structlog.get_logger()
@@ -98,10 +99,10 @@ class Conductor:
                 closed.wait(longest_pause)
 
     def _attend(self, look: Callable[[], bool]) -> bool:
-        """What a look says; nothing stops the loop. A database that is away for a while is waited for."""
+        """What a look says; nothing stops the loop. A database that is away, or a full disk, is waited for."""
         try:
             return look()
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, Unavailable) as error:
             log.warning("conductor-waits", reason=str(error.__cause__ or error))
         except Exception:  # whatever it is: a coordinator without conductor would answer, and never do anything again
             log.exception("tick-failed")
@@ -135,6 +136,9 @@ class Conductor:
                 woken = publishing.publish(session, self._blobs, claim, task, merged, time.monotonic() - began, now, self._pace)
         except OperationalError:
             raise
+        except Unavailable:
+            self._give_back(claim)  # the round is not to blame; it is merged when there is room, or the store answers
+            raise
         except Exception as error:
             log.exception("merge-failed", round=claim.round_id)
             with self._database.write() as session:
@@ -143,7 +147,8 @@ class Conductor:
             self._bell.ring(woken)
 
     def _carry_out(self, task: RoundTask | Plan) -> Merged:
-        return first_adapter(task, self._blobs) if isinstance(task, Plan) else merge_round(task, self._executor, self._blobs)
+        with room():
+            return first_adapter(task, self._blobs) if isinstance(task, Plan) else merge_round(task, self._executor, self._blobs)
 
     @contextmanager
     def _holding(self, claim: Claim) -> Iterator[None]:
