@@ -31,8 +31,8 @@ def train(
 
 
 def _deadline(plan: Plan, round: Round, now: datetime) -> datetime:
-    """When a job must have ended: with its round, or, where jobs outlive rounds, a round's time after it was drawn."""
-    return round.closes_at if plan.buffer is None else now + timedelta(seconds=plan.times.round)
+    """When a job must have ended: with its round, or, where jobs outlive rounds, a job's time after it is picked up."""
+    return round.closes_at if plan.buffer is None else now + timedelta(seconds=plan.times.no_progress + plan.times.job)
 
 
 def _queue(
