@@ -134,6 +134,8 @@ async def test_an_upload_waits_for_room_and_goes_on_where_it_was(disk: Disk, adm
         with pytest.raises(errors.InsufficientStorage, match="disk is full; try again when there is room") as caught:
             await sending
         assert caught.value.retryable
+    with pytest.raises(errors.InsufficientStorage, match="the database's disk is full"):
+        await admin.invite()
     assert (await device.head(job))["Upload-Offset"] == str(third)
     assert (await admin.job(job.run, job)).state is JobState.leased
 
