@@ -73,13 +73,15 @@ async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Id
 async def run(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT; the job in hand is then given back. Raises what asking again cannot mend."""
     # Model libraries take seconds to import; enrolling and looking around need none.
+    from agent.checkpoints import Checkpoints
     from agent.loop import Loop
     from agent.training import Trainer
 
     home = settings.folder
     who, allowed = identity.load(home), policy.load(home)
     async with connect(settings, who.url, SecretStr(who.credential)) as client:
-        loop = Loop(client, Trainer(data.load(home), allowed), allowed, home / "outbox", settings.wait_seconds)
+        trainer = Trainer(data.load(home), allowed, checkpoints=Checkpoints(home / "work", settings.checkpoint_seconds))
+        loop = Loop(client, trainer, allowed, home, settings.wait_seconds)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, loop.stopping.set)
         log.info("agent-started", client=who.name, coordinator=who.url)

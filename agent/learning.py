@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,75 @@ from protocol.plan import Task, Training
 
 WINDOW = 8  # steps whose rows are sorted by length among themselves, so that batches need little padding
 Told = Callable[[int, int, float], None]  # step, steps, loss
+State = dict[str, Any]  # tensors and plain values, which can be written down and read back without running anything
+
+
+class Enough(Exception):
+    """Who listens wants no further step: what was learned so far counts."""
+
+
+@dataclass
+class Course:
+    """A training on its way: beside rows and model, all that its next step depends on."""
+
+    trained: list[nn.Parameter]
+    optimiser: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    losses: list[Metric] = field(default_factory=list)  # of every step that was taken
+
+    @classmethod
+    def begin(cls, trained: list[nn.Parameter], setting: Setting, training: Training) -> Self:
+        """Before the first step. AdamW starts afresh in every job."""
+        optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+        scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.half is torch.float16)
+        return cls(trained, optimiser, scaler, setting.device)
+
+    def advance(self, training: Training, factor: float) -> None:
+        """Take a step along the gradients that were gathered, at that part of the learning rate."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = training.learning_rate * factor
+        self.scaler.unscale_(self.optimiser)
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, training.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def state(self) -> State:
+        """What `restore` needs, without copying a tensor: good until the next step. With it every further bit is the same."""
+        return {
+            "trained": [parameter.detach() for parameter in self.trained],
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "chance": torch.get_rng_state(),
+            "chance_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "losses": torch.tensor([(loss.value, loss.weight) for loss in self.losses], dtype=torch.float64),
+        }
+
+    def restore(self, state: State) -> None:
+        """Go on where another course of the same training stood."""
+        with torch.no_grad():
+            for parameter, kept in zip(self.trained, state["trained"], strict=True):
+                parameter.copy_(kept)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["chance"])
+        if state["chance_cuda"] is not None:
+            torch.cuda.set_rng_state(state["chance_cuda"], self.device)
+        self.losses = [Metric(value=value, weight=weight) for value, weight in state["losses"].tolist()]
+
+
+class Kept(Protocol):
+    """Where a course is kept for the case that this process ends before it does."""
+
+    def resume(self, course: Course) -> None:
+        """Restore the course, if one was kept that is this one's beginning."""
+        ...
+
+    def keep(self, course: Course) -> None:
+        """The course has come a step further."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,37 +135,43 @@ def rate(step: int, steps: int, training: Training) -> float:
     return (steps - step) / (steps - rising) if training.decay else 1.0
 
 
-def learn(adapted: Adapted, setting: Setting, steps: Sequence[Sequence[Example]], training: Training, told: Told) -> list[Metric]:
+def learn(
+    adapted: Adapted, setting: Setting, steps: Sequence[Sequence[Example]], training: Training, told: Told, kept: Kept | None = None
+) -> list[Metric]:
     """Train the slice through these steps; gives each step's mean loss before it was taken, weighted by what was learned.
 
-    The gradient is that of the mean over the whole step, however it is divided into passes. AdamW starts afresh in every
-    job. `told` hears of every step, and stops the training by raising. Raises NonFiniteSlice if the loss is no number.
+    The gradient is that of the mean over the whole step, however it is divided into passes. `told` hears of every step; it
+    ends the training with Enough, to which at least one step is due, and breaks it off by raising anything else. A training
+    that is resumed ends with the same bits as one that was never interrupted. Raises NonFiniteSlice if the loss is no number.
     """
-    trained = adapted.trained()
-    optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.half is torch.float16)
+    course = Course.begin(adapted.trained(), setting, training)
+    if kept is not None:
+        kept.resume(course)
     adapted.model.train()
-    losses: list[Metric] = []
-    for n, rows in enumerate(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = training.learning_rate * rate(n, len(steps), training)
-        weight = sum(example.weight(setting.task) for example in rows)
-        total = 0.0
-        for part in batches(rows, training.batch_size):
-            loss, _ = setting.loss(adapted.model, setting.batch(part))
-            torch.autograd.backward(scaler.scale(loss / weight))
-            total += loss.item()
-        if not math.isfinite(total):
-            raise errors.NonFiniteSlice(f"the training loss is {total} at step {n + 1} of {len(steps)}; a lower learning rate may help")
-        scaler.unscale_(optimiser)
-        if training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(trained, training.clip_norm)
-        scaler.step(optimiser)
-        scaler.update()
-        optimiser.zero_grad(set_to_none=True)
-        losses.append(Metric(value=total / weight, weight=weight))
-        told(n + 1, len(steps), total / weight)
-    return losses
+    for n in range(len(course.losses), len(steps)):
+        loss, weight = _gather(course, adapted, setting, steps[n], training.batch_size)
+        if not math.isfinite(loss):
+            raise errors.NonFiniteSlice(f"the training loss is {loss} at step {n + 1} of {len(steps)}; a lower learning rate may help")
+        course.advance(training, rate(n, len(steps), training))
+        course.losses.append(Metric(value=loss, weight=weight))
+        if kept is not None:
+            kept.keep(course)
+        try:
+            told(n + 1, len(steps), loss)
+        except Enough:
+            break
+    return course.losses
+
+
+def _gather(course: Course, adapted: Adapted, setting: Setting, rows: Sequence[Example], size: int) -> tuple[float, int]:
+    """Gather the gradient of the rows' mean loss, in passes of so many rows; gives that loss, and what it weighs."""
+    weight = sum(example.weight(setting.task) for example in rows)
+    total = 0.0
+    for part in batches(rows, size):
+        loss, _ = setting.loss(adapted.model, setting.batch(part))
+        torch.autograd.backward(course.scaler.scale(loss / weight))
+        total += loss.item()
+    return total / weight, weight
 
 
 def mean(losses: Sequence[Metric]) -> Metric:

@@ -22,6 +22,9 @@ class Settings(BaseSettings):
     proxy: str | None = Field(default=None, description="address of the HTTP proxy to go through")
     threads: int | None = Field(default=None, ge=1, description="processor threads that training may use; by default torch's choice")
     wait_seconds: float = Field(default=20.0, ge=0, le=300, description="how long one question for work may stay open")
+    checkpoint_seconds: float = Field(
+        default=30.0, ge=0, description="how much training may have to be repeated after the agent was killed; 0: all of it"
+    )
     log: Literal["console", "json"] = Field(default="console", description="logs as text, or as JSON lines")
 
     @property

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import NamedTuple
 
+import structlog
 import torch
 
 from agent import learning, machine
+from agent.checkpoints import Checkpoints
 from agent.data import Catalogue, Part
 from agent.encoding import Example, encode
 from agent.learning import Setting
@@ -24,6 +26,7 @@ from protocol.plan import Dtype
 from protocol.slices import Label, Slice
 from protocol.states import JobKind
 
+log = structlog.get_logger("agent")
 NARROW = 256  # width up to which a processor is as quick in float32; measured with blocks of width 64, 256 and 384
 
 
@@ -43,10 +46,10 @@ class Outcome:
     examples: int  # rows trained on or measured
     metrics: dict[str, Metric]
     usage: Usage
-    slice: bytes | None = None  # the trained slice's file; none for an evaluation
+    slice: Slice | None = None  # the trained slice; none for an evaluation
 
 
-Tell = Callable[[Standing], None]  # hears of every step, and ends the work by raising
+Tell = Callable[[Standing], None]  # hears of every step; breaks the work off by raising, or ends a training with Enough
 Train = Callable[[Job, Slice, Tell], Outcome]
 
 
@@ -75,9 +78,9 @@ class Clocked:
         """What the steps cost."""
         spans = [late - early for early, late in zip([self.began, *self.marks], self.marks, strict=False)]
         return Usage(
-            seconds=max(0.0, self.marks[-1] - self.began),
+            seconds=max(0.0, sum(spans)),
             steps=len(spans),
-            step_seconds=statistics.median(spans) or None,
+            step_seconds=statistics.median(spans or [0.0]) or None,
             peak_memory_bytes=self.peak,
         )
 
@@ -89,6 +92,7 @@ class Trainer:
     catalogue: Catalogue
     policy: Policy = field(default_factory=Policy)
     clock: Callable[[], float] = perf_counter
+    checkpoints: Checkpoints | None = None
 
     def __call__(self, job: Job, start: Slice, tell: Tell) -> Outcome:
         """Do a job. Raises DataRefusal, ModelRefusal, MemoryRefusal, PolicyRefusal, MismatchedSlice, NonFiniteSlice."""
@@ -123,17 +127,21 @@ class Trainer:
     def _train(self, job: Job, adapted: Adapted, setting: Setting, examples: list[Example], clocked: Clocked) -> Outcome:
         steps = learning.schedule(examples, job.training, torch.Generator().manual_seed(job.seed))
         self.policy.check_steps(len(steps))
+        checkpoint = self.checkpoints.of(job, setting, examples) if self.checkpoints else None
+        clocked.tell(Standing("train", 0, len(steps)))
         clocked.start("train")
-        losses = learning.learn(adapted, setting, steps, job.training, clocked)
+        losses = learning.learn(adapted, setting, steps, job.training, clocked, checkpoint)
+        if len(losses) < len(steps):
+            log.warning("training-cut-short", steps=len(losses), planned=len(steps), why="no time for more before the job's deadline")
         tenth = max(1, len(losses) // 10)
-        count = min(len(examples), sum(len(rows) for rows in steps))
+        count = min(len(examples), sum(len(rows) for rows in steps[: len(losses)]))
         label = Label(rank=job.rank, scale=job.scale, round=job.round, base=job.slice.digest, examples=count)
-        trained = Slice(label, adapted.factors(), adapted.full())
+        usage = clocked.usage()
         return Outcome(
             examples=count,
             metrics={"loss_before": learning.mean(losses[:tenth]), "loss_after": learning.mean(losses[-tenth:])},
-            usage=clocked.usage(),
-            slice=slices.pack(trained, job.layout, job.wire),
+            usage=checkpoint.added(usage) if checkpoint else usage,
+            slice=Slice(label, adapted.factors(), adapted.full()),
         )
 
     def _evaluate(self, job: Job, adapted: Adapted, setting: Setting, examples: list[Example], clocked: Clocked) -> Outcome:

@@ -136,7 +136,8 @@ class Upload:
             return 0  # of another training; it gives way to this one
         if answer.headers.get("Upload-Complete") == "?1":
             return SliceReceipt(digest=self.ref.digest, bytes=self.ref.bytes)
-        return _offset(answer, self.ref.bytes)
+        self.furthest = max(self.furthest, at := _offset(answer, self.ref.bytes))
+        return at
 
     async def _part(self, start: int) -> int | SliceReceipt:
         count = min(self.size, self.ref.bytes - start)

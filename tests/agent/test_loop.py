@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -25,7 +25,7 @@ from agent.policy import Policy
 from agent.training import Outcome, Standing, Tell, Train, Trainer
 from coordinator.tables import Job as JobRow
 from modelling.layout import resolve
-from protocol import errors, slices
+from protocol import errors
 from protocol.messages import Job, Metric, Usage
 from protocol.slices import Slice
 from protocol.states import JobKind, JobState
@@ -34,6 +34,8 @@ from tests.federation import Device, Federation, make_plan, make_profile, moved,
 from tests.modelling.drawn import CLASSES
 
 PATIENCE = 30.0  # seconds; an outer bound, nothing is measured by it
+FINISHED = ["entry.json", "slice.safetensors"]
+START = ["start.safetensors"]  # of a job that may be handed out again
 ALONE: dict[str, Any] = {"cohort": {"target": 1, "quorum": 1}, "evaluation": {"every": 0}, "rounds": 1}
 
 
@@ -79,7 +81,7 @@ class Block(Steps):
 
 
 def done(job: Job, start: Slice) -> Outcome:
-    trained = slices.pack(moved(start, job), job.layout, job.wire) if job.kind is JobKind.train else None
+    trained = moved(start, job) if job.kind is JobKind.train else None
     return Outcome(examples=5, metrics={"loss": Metric(value=0.5, weight=5)}, usage=Usage(seconds=1), slice=trained)
 
 
@@ -96,15 +98,15 @@ def refusing(error: Exception) -> Train:
 
 @asynccontextmanager
 async def looping(
-    federation: Federation, device: Device, train: Train, folder: Path, *, app: ASGIApp | None = None, **how: Any
+    federation: Federation, device: Device, train: Train, folder: Path, *, app: ASGIApp | None = None, left: Sequence[str] = (), **how: Any
 ) -> AsyncIterator[Loop]:
-    """An agent with that device's credential; nothing of its work is left on the disk."""
+    """An agent with that device's credential; nothing of its work is left on the disk but these files."""
     assert device.secret is not None
     transport = httpx.ASGITransport(app=app or federation.app)
     async with Client("http://localhost", SecretStr(device.secret), transport=transport, sleep=no_pause) as client:
         settings: dict[str, Any] = {"policy": Policy(), "wait_seconds": 0, "chance": random.Random(0)} | how
-        yield Loop(client, train, folder=folder / "outbox", **settings)
-    assert list((folder / "outbox").glob("*")) == []
+        yield Loop(client, train, folder=folder / "home", **settings)
+    assert sorted(path.name for path in (folder / "home").rglob("*") if path.is_file()) == sorted(left)
 
 
 async def no_pause(_: float) -> None:
@@ -254,7 +256,7 @@ async def test_a_job_whose_run_is_stopped_ends_at_the_next_step(federation: Fede
 async def test_a_job_that_somebody_else_holds_by_now_ends_at_the_next_step(federation: Federation, tmp_path: Path) -> None:
     device, _ = await begin(federation, times=QUICK)
     work = Steps()
-    async with looping(federation, device, work, tmp_path) as loop:
+    async with looping(federation, device, work, tmp_path, left=START) as loop:
         step = asyncio.create_task(loop.step())
         await work.until_begun()
         assert await device.next_job() is not None  # the same credential on another machine: the epoch rises
@@ -326,7 +328,7 @@ async def test_renewals_that_get_lost_are_tried_again(federation: Federation, tm
 async def test_a_stopping_agent_gives_its_job_back_and_ends(federation: Federation, tmp_path: Path) -> None:
     device, run = await begin(federation)
     work = Steps()
-    async with looping(federation, device, work, tmp_path) as loop:
+    async with looping(federation, device, work, tmp_path, left=START) as loop:
         running = asyncio.create_task(loop.run(make_profile()))
         await work.until_begun()
         loop.stopping.set()
@@ -338,7 +340,7 @@ async def test_a_stopping_agent_gives_its_job_back_and_ends(federation: Federati
 async def test_a_stopping_agent_gives_its_job_back_before_a_long_step_ends(federation: Federation, tmp_path: Path) -> None:
     device, run = await begin(federation)
     work = Block()
-    async with looping(federation, device, work, tmp_path) as loop:
+    async with looping(federation, device, work, tmp_path, left=START + FINISHED) as loop:
         running = asyncio.create_task(loop.run(make_profile()))
         await work.until_begun()
         loop.stopping.set()

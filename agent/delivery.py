@@ -1,0 +1,73 @@
+"""An entry of the outbox on its way to the coordinator, which may be away for an hour."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from agent.client import Client
+from agent.connection import may_pass
+from agent.held import Held, Link
+from agent.outbox import Entry, Outbox
+from agent.training import Standing
+from protocol import errors
+
+log = structlog.get_logger("agent")
+LONGEST_PAUSE = 60.0  # seconds between attempts
+WANTED = {"expired", "released"}  # states of a job that the coordinator may yet hand out again
+
+
+def may_return(error: errors.HLoRAError) -> bool:
+    """Whether a job that ended so may yet be handed out again: to be kept, then. An answer that names no state does not say."""
+    return isinstance(error, errors.StaleLease) or (isinstance(error, errors.Over) and error.facts.get("state", "expired") in WANTED)
+
+
+@dataclass(frozen=True)
+class Courier:
+    """Brings entries to the coordinator: first the slice, then the result."""
+
+    client: Client
+    outbox: Outbox
+    link: Link
+    clock: Callable[[], float]
+    chance: random.Random
+
+    async def deliver(self, held: Held, entry: Entry, *, again: bool) -> None:
+        """Bring an entry; `again` if some of its slice may be there already. Tries until it is answered.
+
+        Raises what no later attempt could mend: StaleLease, JobOver, NotFound, an InvalidSlice, DifferentResult, …
+        """
+        held.finished, failures = True, 0
+        while True:
+            try:
+                entry = await self._send_slice(held, entry, again or failures > 0)
+                held.answering = True
+                await self.client.put_result(entry.job.id, entry.result)
+                return
+            except errors.HLoRAError as error:
+                if not may_pass(error):
+                    raise
+                log.warning("delivery-delayed", problem=error.slug(), detail=error.detail)
+            if not await asyncio.to_thread(self.outbox.sound, entry):
+                raise errors.HLoRAError("the slice in the agent's outbox was damaged; the job has to be done anew")
+            failures += 1
+            await asyncio.sleep(self.chance.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 2.0 ** min(failures - 1, 10)))
+
+    async def _send_slice(self, held: Held, entry: Entry, again: bool) -> Entry:
+        if entry.sent or (ref := entry.slice) is None:
+            return entry
+        job, began = held.job, self.clock()
+
+        def moved(count: int) -> None:
+            held.standing = Standing("upload", count, ref.bytes)
+
+        moved(0)
+        await self.client.put_slice(job.id, entry.result.epoch, ref, self.outbox.file(entry), moved, again=again)
+        seconds = self.clock() - began
+        if not again:
+            self.link.measured(ref.bytes, seconds)
+        return await asyncio.to_thread(self.outbox.save, entry.after_upload(seconds))
