@@ -17,17 +17,17 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coordinator import manifests, published, publishing
+from coordinator import counting, manifests, published, publishing
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.database import Database
 from coordinator.initial import first_adapter
 from coordinator.jobs import plan_of
 from coordinator.merge import RoundTask, merge_round
-from coordinator.tables import Job, Round, Run
+from coordinator.tables import Round, Run
 from protocol import errors
 from protocol.plan import Plan
-from protocol.states import JobState, RoundState
+from protocol.states import RoundState
 from protocol.views import Manifest
 
 READ = 4 << 20  # bytes of a blob that are hashed at a time
@@ -111,8 +111,7 @@ def _record(session: Session, run: Run, row: Round, store: str) -> Record:
 
 def _merged_from(session: Session, row: Round, store: str) -> RoundTask | Plan | None:
     """The task of a round that was published before there were manifests."""
-    query = select(Job).where(Job.counted_in == row.id, Job.state == JobState.accepted, Job.slice.is_not(None))
-    jobs = list(session.scalars(query.order_by(Job.created_at, Job.id)))
+    jobs = counting.counted(session, row.id)
     return publishing.task_of(session, row, jobs, store) if jobs or row.number == 0 else None
 
 
