@@ -35,9 +35,16 @@ class Address:
 
 
 @contextmanager
-def serving(database_url: str, folder: Path, poll_seconds: float = 20.0) -> Iterator[Address]:
+def serving(database_url: str, folder: Path, poll_seconds: float = 20.0, stall_seconds: float = 300.0) -> Iterator[Address]:
     """A server that is stopped, as a signal would stop it, when the block ends."""
-    settings = Settings(data=folder, database_url=database_url, executor="threads://1", tick_seconds=0.05, poll_seconds=poll_seconds)
+    settings = Settings(
+        data=folder,
+        database_url=database_url,
+        executor="threads://1",
+        tick_seconds=0.05,
+        poll_seconds=poll_seconds,
+        stall_seconds=stall_seconds,
+    )
     parts = build(settings)
     config = uvicorn.Config(create_app(parts), port=0, log_level="error", access_log=False, timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)

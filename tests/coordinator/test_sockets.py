@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,7 @@ from protocol import errors
 from protocol.messages import Job
 from protocol.states import JobState, Role, RunState
 from tests.coordinator.sockets import Address, serving
-from tests.federation import Device, Operator, enrol, make_plan, make_profile, make_token, refusal
+from tests.federation import Device, Operator, enrol, make_plan, make_profile, make_token, refusal, repr_digest
 
 
 @pytest.fixture
@@ -36,6 +37,10 @@ async def admin(address: Address, http: httpx.AsyncClient) -> Operator:
 
 @pytest.fixture
 async def holding(admin: Operator) -> tuple[Device, Job]:
+    return await first_job(admin)
+
+
+async def first_job(admin: Operator) -> tuple[Device, Job]:
     """A device that holds the only job of a round."""
     device = await enrol(admin, "device", make_profile())
     await admin.create(make_plan(cohort={"target": 1, "quorum": 1}, evaluation={"every": 0}))
@@ -44,10 +49,10 @@ async def holding(admin: Operator) -> tuple[Device, Job]:
     return device, job
 
 
-def request(job: str, secret: str, length: int, **headers: str) -> bytes:
+def request(job: str, secret: str, length: int, *, method: str = "PUT", **headers: str) -> bytes:
     """The head of an upload."""
     lines = [
-        f"PUT /v1/jobs/{job}/slice HTTP/1.1",
+        f"{method} /v1/jobs/{job}/slice HTTP/1.1",
         "Host: x",
         f"Authorization: Bearer {secret}",
         "Lease-Epoch: 1",
@@ -68,6 +73,28 @@ def answered(connection: socket.socket) -> httpx.Response:
     while len(body) < int(headers["content-length"]):
         body += connection.recv(65536)
     return httpx.Response(int(status.split()[1]), headers=headers, content=body)
+
+
+def part(job: Job, device: Device, data: bytes, start: int) -> bytes:
+    """The head of an upload's part, which waits until the coordinator reads."""
+    about = {"Upload_Offset": str(start), "Upload_Length": str(len(data)), "Repr_Digest": repr_digest(data), "Expect": "100-continue"}
+    return request(job.id, str(device.secret), len(data) - start, method="PATCH", **about)
+
+
+def begun(connection: socket.socket, head: bytes) -> None:
+    """Send the head of an upload that is read from now on."""
+    connection.sendall(head)
+    said = b""
+    while not said.endswith(b"\r\n\r\n"):
+        said += connection.recv(1)
+    assert said.startswith(b"HTTP/1.1 100 "), said
+
+
+async def reached(device: Device, job: Job, offset: int) -> None:
+    """Wait until the upload stands there."""
+    end = time.monotonic() + 20
+    while (found := (await device.head(job))["Upload-Offset"]) != str(offset):
+        assert time.monotonic() < end, f"the upload stands at {found}, not at {offset}"
 
 
 async def test_an_unknown_caller_is_refused_before_a_byte_of_its_body(address: Address) -> None:
@@ -120,6 +147,66 @@ async def test_a_cut_connection_costs_nothing_but_time(address: Address, admin: 
     spool, end = address.parts.settings.spool_folder, time.monotonic() + 20
     while list(spool.iterdir()):
         assert time.monotonic() < end, "what was cut is still there"
+
+
+async def test_a_part_that_is_cut_at_any_byte_counts_as_far_as_it_came(address: Address, holding: tuple[Device, Job]) -> None:
+    device, job = holding
+    data, offset = await device.trained(job), 0
+    for came in (1, 0, 700, len(data) - 702):
+        with address.connect() as connection:
+            begun(connection, part(job, device, data, offset))
+            connection.sendall(data[offset : offset + came])
+        offset += came
+        await reached(device, job, offset)
+
+    receipt = await device.patch(job, data, offset, len(data))
+
+    assert not isinstance(receipt, int)
+    assert address.parts.blobs.read(receipt.digest) == data
+    assert list(address.parts.settings.spool_folder.iterdir()) == []
+
+
+async def test_a_part_of_unknown_length_counts_as_far_as_it_came(address: Address, holding: tuple[Device, Job]) -> None:
+    device, job = holding
+    data = await device.trained(job)
+    head = part(job, device, data, 0).replace(f"Content-Length: {len(data)}".encode(), b"Transfer-Encoding: chunked")
+    with address.connect() as connection:
+        begun(connection, head)
+        connection.sendall(b"%x\r\n%s\r\n" % (1000, data[:1000]))
+
+    await reached(device, job, 1000)
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+async def test_a_body_that_stalls_is_waited_for_no_longer(sqlite_url: str, tmp_path: Path, method: str) -> None:
+    with serving(sqlite_url, tmp_path, stall_seconds=0.2) as address:
+        async with httpx.AsyncClient(base_url=address.url, timeout=30, trust_env=False) as http:
+            device, job = await first_job(Operator(http, make_token(address.parts, Role.admin)))
+            data = await device.trained(job)
+            with address.connect() as connection:
+                begun(connection, part(job, device, data, 0).replace(b"PATCH", method.encode(), 1))
+                connection.sendall(data[:300])
+
+                error = refusal(answered(connection))
+                assert connection.recv(1) == b"", "the connection is still open"
+
+            assert isinstance(error, errors.StalledBody)
+            kept = 300 if method == "PATCH" else 0
+            assert error.facts == ({"offset": kept, "length": len(data)} if kept else {})
+            assert (await device.head(job))["Upload-Offset"] == str(kept)
+
+
+async def test_uploads_that_wait_for_their_senders_hold_nobody_up(address: Address, holding: tuple[Device, Job]) -> None:
+    device, job = holding
+    data = await device.trained(job)
+    with ExitStack() as open:
+        for _ in range(60):  # more than the server has threads
+            connection = open.enter_context(address.connect())
+            begun(connection, part(job, device, data, 0))
+            connection.sendall(data[:10])
+
+        assert (await device.renew(job)).verdict == "continue"
+        assert await device.patch(job, data, 0, 500) == 500
 
 
 async def test_a_cut_body_of_json_does_nothing(address: Address, admin: Operator, holding: tuple[Device, Job]) -> None:
