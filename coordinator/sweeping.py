@@ -107,10 +107,11 @@ def finish(database: Database, blobs: Blobs) -> list[str]:
     """Delete what is condemned, also what an earlier sweep left; gives what was deleted here. Raises Unavailable."""
     with database.read() as session:
         doomed = session.scalars(select(Condemned.digest).order_by(Condemned.digest)).all()
-    return [digest for digest in doomed if _delete(database, blobs, digest)]
+    return [digest for digest in doomed if delete_condemned(database, blobs, digest)]
 
 
-def _delete(database: Database, blobs: Blobs, digest: str) -> bool:
+def delete_condemned(database: Database, blobs: Blobs, digest: str) -> bool:
+    """Delete a blob if it is condemned still; says whether it was. Raises Unavailable."""
     with database.write() as session:
         # Whoever takes the row out deletes the blob before that is committed: everybody else still sees it condemned.
         taken = cast(CursorResult[Any], session.execute(delete(Condemned).where(Condemned.digest == digest))).rowcount == 1

@@ -158,10 +158,10 @@ class Sweep:
 
     def __init__(self, federation: Federation, digest: str) -> None:
         self._federation, self._digest = federation, digest
-        self._found = False
+        self._found = self._doomed = False
 
     def steps(self) -> list[Callable[[], None]]:
-        return [self._look, self._condemn, self._finish]
+        return [self._look, self._condemn, self._look_again, self._delete]
 
     def _look(self) -> None:
         parts = self._federation.parts
@@ -172,8 +172,13 @@ class Sweep:
         if self._found:
             condemn(self._federation, self._digest)
 
-    def _finish(self) -> None:
-        sweeping.finish(self._federation.parts.database, self._federation.parts.blobs)
+    def _look_again(self) -> None:
+        with self._federation.parts.database.read() as session:
+            self._doomed = session.get(tables.Condemned, self._digest) is not None
+
+    def _delete(self) -> None:
+        if self._doomed:
+            sweeping.delete_condemned(self._federation.parts.database, self._federation.parts.blobs, self._digest)
 
 
 def merges(*lines: list[Callable[[], None]]) -> Iterator[list[Callable[[], None]]]:
@@ -196,8 +201,8 @@ async def test_in_whatever_order_a_named_blob_is_there(federation: Federation) -
     """Putting and naming an old blob beside one sweep, in every order; and beside two, of which one may die, in many."""
     _, (device, *_), (job, *_) = await federation.training(make_plan())
     chance = random.Random(0)
-    orders = [(0, order) for order in range(count_merges(2, 3))]
-    orders += [(lives, order) for lives in (1, 2, 3) for order in chance.sample(range(count_merges(2, 3, lives)), 30)]
+    orders = [(0, order) for order in range(count_merges(2, 4))]
+    orders += [(lives, order) for lives in (1, 2, 3, 4) for order in chance.sample(range(count_merges(2, 4, lives)), 25)]
     outcomes = set()
     for number, (lives, order) in enumerate(orders):
         data = f"blob {number}".encode()
@@ -216,6 +221,21 @@ async def test_in_whatever_order_a_named_blob_is_there(federation: Federation) -
         assert naming.named
         assert federation.parts.blobs.read(digest_of(data)) == data
     assert outcomes == {True, False}
+
+
+async def test_a_sweep_that_wakes_late_deletes_nothing_that_was_put_again_meanwhile(federation: Federation) -> None:
+    _, (device, *_), (job, *_) = await federation.training(make_plan())
+    data = await device.trained(job)
+    digest = federation.parts.blobs.put(data).digest
+    condemn(federation, digest)
+    _, _, look_again, delete = Sweep(federation, digest).steps()
+
+    look_again()
+    sweep(federation)
+    await device.put_slice(job, data)
+    delete()
+
+    assert federation.parts.blobs.read(digest) == data
 
 
 async def test_of_naming_and_condemning_at_once_one_waits_for_the_other(federation: Federation) -> None:
