@@ -20,6 +20,7 @@ from coordinator.blobs import Blobs
 from coordinator.conductor import Conductor
 from coordinator.context import Context
 from coordinator.database import Clock, Database, database_clock
+from coordinator.desk import Desk
 from coordinator.executors import open_executor
 from coordinator.housekeeping import Housekeeping
 from coordinator.quarantine import Quarantine
@@ -51,6 +52,7 @@ def build(settings: Settings, clock: Clock = database_clock) -> Context:
         blobs=blobs,
         executor=executor,
         bell=bell,
+        desk=Desk(database),
         conductor=conductor,
         quarantine=apart,
         housekeeping=Housekeeping(database, blobs, apart, settings),

@@ -23,6 +23,7 @@ class Bell:
         self._conductor = threading.Event()
         self._elsewhere: Callable[[Collection[str]], None] | None = None
         self.closed = False
+        self.rings = 0  # so far; whoever looked before it rang, and listens only now, looks again
 
     def close(self) -> None:
         """Nobody shall wait any more: every poll and every stream ends now."""
@@ -59,9 +60,15 @@ class Bell:
     def wake(self, clients: Iterable[str]) -> None:
         """Those of these clients who wait in this process shall look."""
         with self._lock:
+            self.rings += 1
             woken = [waiter for client in clients for waiter in self._waiters.get(client, ())]
         for loop, event in woken:
             loop.call_soon_threadsafe(event.set)
+
+    @property
+    def crowd(self) -> int:
+        """How many clients wait in this process."""
+        return len(self._waiters)
 
     def listen(self, client: str) -> Listening:
         """Enter before looking in the database, so that no ring is lost between the look and the wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, select, update
@@ -15,7 +16,7 @@ from protocol.messages import ClientSelf, Enrol, Enrolled, Profile
 from protocol.states import ClientState, JobKind
 from protocol.views import ClientChange, ClientChanged, ClientView, EnrolmentMade, EnrolmentRequest, EnrolmentView, Page, RankView
 
-SEEN_EVERY = timedelta(seconds=5)  # a poll that comes sooner after the last does not write
+POLLS_PER_SECOND = 50.0  # that a fleet shall ask at most: the larger it is, the longer its polls may wait
 
 
 def make_enrolment(session: Session, request: EnrolmentRequest, now: datetime) -> EnrolmentMade:
@@ -108,7 +109,17 @@ def set_profile(session: Session, id: str, profile: Profile, now: datetime) -> C
 
 def seen(session: Session, id: str, now: datetime) -> None:
     """Note that the client is there."""
-    session.execute(update(Client).where(Client.id == id).values(last_seen=now))
+    all_seen(session, [id], now)
+
+
+def all_seen(session: Session, ids: Collection[str], now: datetime) -> None:
+    """Note that these clients are there."""
+    session.execute(update(Client).where(Client.id.in_(ids)).values(last_seen=now).execution_options(synchronize_session=False))
+
+
+def pace(least: float, crowd: int) -> float:
+    """Seconds that a poll may wait where so many clients wait."""
+    return max(least, crowd / POLLS_PER_SECOND)
 
 
 def available(client: Client, now: datetime, pace: float) -> bool:

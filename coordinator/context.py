@@ -9,6 +9,7 @@ from coordinator.bell import Bell
 from coordinator.blobs import Blobs
 from coordinator.conductor import Conductor
 from coordinator.database import Database
+from coordinator.desk import Desk
 from coordinator.housekeeping import Housekeeping
 from coordinator.quarantine import Quarantine
 from coordinator.settings import Settings
@@ -23,6 +24,7 @@ class Context:
     blobs: Blobs
     executor: Executor
     bell: Bell
+    desk: Desk
     conductor: Conductor
     quarantine: Quarantine
     housekeeping: Housekeeping

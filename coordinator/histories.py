@@ -35,9 +35,9 @@ def of_run(session: Session, run_id: str) -> dict[str, History]:
     return _histories(session, Round.run_id == run_id)
 
 
-def of_client(session: Session, run_id: str, client_id: str) -> History:
-    """One client's history."""
-    return _histories(session, Round.run_id == run_id, Job.client_id == client_id).get(client_id, NEW)
+def of_clients(session: Session, run_id: str, client_ids: Sequence[str]) -> dict[str, History]:
+    """The histories of those of these clients that were ever drawn."""
+    return _histories(session, Round.run_id == run_id, Job.client_id.in_(client_ids))
 
 
 def _histories(session: Session, *which: ColumnElement[bool]) -> dict[str, History]:

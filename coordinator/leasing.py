@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, histories, ranks
+from coordinator import events, histories, ranks
+from coordinator.access import digest
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import messages
@@ -23,62 +27,83 @@ def seed(plan: Plan, round: int, client: str, kind: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{plan.seed}/{round}/{client}/{kind}".encode()).digest()[:6], "big")
 
 
-def waiting(session: Session, client_id: str) -> bool:
-    """Whether there may be a job for the client: a look that changes nothing."""
-    query = select(Job.id).where(Job.client_id == client_id, Job.state.in_(ACTIVE)).limit(1)
-    return session.scalar(query) is not None
+@dataclass(frozen=True)
+class Glance:
+    """What a poll needs to know before anything is written."""
+
+    client: str
+    work: bool  # there may be a job
 
 
-def next_for(session: Session, client_id: str, now: datetime) -> messages.Job | None:
-    """Give the client its next job under a fresh lease; the one it holds already, if its last answer was lost.
+def glance(session: Session, secret: str) -> Glance | None:
+    """The client behind a credential and whether there may be a job for it, in one look that changes nothing; none for any other."""
+    job = select(Job.id).where(Job.client_id == Client.id, Job.state.in_(ACTIVE)).exists()
+    found = session.execute(select(Client.id, job).where(Client.digest == digest(secret), Client.state != ClientState.revoked)).first()
+    return None if found is None else Glance(*found)
 
-    A job that was never handed out, and for which there is no time left, is cancelled instead, with the reason.
+
+def hand_out(session: Session, client_ids: Collection[str], now: datetime) -> dict[str, messages.Job]:
+    """Give each of these clients its next job under a fresh lease; the one it holds already, if its last answer was lost.
+
+    All of them are looked up at once: a round that opens is picked up by a whole fleet in the same seconds. A job that was
+    never handed out, and for which there is no time left, is cancelled instead, with the reason.
     """
-    client = clients.get(session, client_id)
-    if client.state != ClientState.active:
-        return None
+    wanted = select(Client).where(Client.id.in_(client_ids), Client.state == ClientState.active)
+    able = {client.id: client for client in session.scalars(wanted)}
     query = (
         select(Job, Round, Run)
         .join(Round, Job.round_id == Round.id)
         .join(Run, Round.run_id == Run.id)
-        .where(Job.client_id == client_id, Job.state.in_(ACTIVE), Run.state == RunState.running)
-        .order_by(Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
+        .where(Job.client_id.in_(able), Job.state.in_(ACTIVE), Run.state == RunState.running)
+        .order_by(Job.client_id, Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
         .with_for_update(of=Job, key_share=True)  # a job that ends at this moment is not revived
     )
+    desk = _Desk(session, list(able), now)
+    given: dict[str, messages.Job] = {}
     for job, round, run in session.execute(query):
-        if job.state == JobState.queued:
-            job.deadline = min(job.deadline, now + timedelta(seconds=plan_of(run).times.job))
-        if job.epoch or job.kind == JobKind.evaluate or _in_time(session, client, job, round, run, now):
-            return _lease(session, client, job, round, run, now)
-    return None
-
-
-def _in_time(session: Session, client: Client, job: Job, round: Round, run: Run, now: datetime) -> bool:
-    """Cut the job to the steps that its time holds, once and for all its leases; cancel it where that is not one."""
-    plan, left = plan_of(run), (job.deadline - now).total_seconds()
-    history = histories.of_client(session, run.id, client.id)
-    candidate = histories.candidate(client, Profile.model_validate(client.profile), history)
-    steps = ranks.steps_within(plan, candidate, job.rank, left)
-    if steps:
-        job.max_steps = steps if steps < plan.training.steps(ranks.examples(plan, candidate)) else None
-        return True
-    job.state, job.ended_at = JobState.cancelled, now
-    job.reason = f"too little time to hand it out: {left:.3g} s are left; {ranks.needs(plan, candidate, job.rank)}"
-    events.record(session, now, "job-cancelled", run=run.id, round=round.number, client=client.name, reason=job.reason)
-    return False
-
-
-def _lease(session: Session, client: Client, job: Job, round: Round, run: Run, now: datetime) -> messages.Job:
-    plan = plan_of(run)
-    job.state, job.epoch = JobState.leased, job.epoch + 1
-    job.lease_until = now + timedelta(seconds=plan.times.lease)
-    job.progress, job.progress_at = None, now
-    client.last_seen = now
+        if job.client_id not in given and (told := desk.serve(able[job.client_id], job, round, run)) is not None:
+            given[job.client_id] = told
     session.flush()
-    return _message(plan, client, job, round, run, now)
+    return given
 
 
-def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, now: datetime) -> messages.Job:
+class _Desk:
+    """Hands jobs out to some clients; what it needs of a run is read once."""
+
+    def __init__(self, session: Session, client_ids: Sequence[str], now: datetime) -> None:
+        self._session, self._now = session, now
+        self._plan = cache(plan_of)
+        self._histories = cache(lambda run_id: histories.of_clients(session, run_id, client_ids))
+        self._largest = cache(lambda run, rank: largest_length(ranks.layout(self._plan(run)), rank, self._plan(run).wire))
+
+    def serve(self, client: Client, job: Job, round: Round, run: Run) -> messages.Job | None:
+        """The job under a fresh lease; nothing if its time does not hold a single step."""
+        if job.state == JobState.queued:
+            job.deadline = min(job.deadline, self._now + timedelta(seconds=self._plan(run).times.job))
+        if not (job.epoch or job.kind == JobKind.evaluate or self._in_time(client, job, round, run)):
+            return None
+        job.state, job.epoch = JobState.leased, job.epoch + 1
+        job.lease_until = self._now + timedelta(seconds=self._plan(run).times.lease)
+        job.progress, job.progress_at = None, self._now
+        return _message(self._plan(run), client, job, round, run, self._largest(run, job.rank), self._now)
+
+    def _in_time(self, client: Client, job: Job, round: Round, run: Run) -> bool:
+        """Cut the job to the steps that its time holds, once and for all its leases; cancel it where that is not one."""
+        plan, left = self._plan(run), (job.deadline - self._now).total_seconds()
+        history = self._histories(run.id).get(client.id, histories.NEW)
+        candidate = histories.candidate(client, Profile.model_validate(client.profile), history)
+        steps = ranks.steps_within(plan, candidate, job.rank, left)
+        if steps:
+            job.max_steps = steps if steps < plan.training.steps(ranks.examples(plan, candidate)) else None
+            return True
+        job.state, job.ended_at = JobState.cancelled, self._now
+        job.reason = f"too little time to hand it out: {left:.3g} s are left; {ranks.needs(plan, candidate, job.rank)}"
+        told = (self._session, self._now, "job-cancelled")
+        events.record(*told, run=run.id, round=round.number, client=client.name, reason=job.reason)
+        return False
+
+
+def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, largest: int, now: datetime) -> messages.Job:
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
     kind = JobKind(job.kind)
     cut = {} if job.max_steps is None else {"max_steps": job.max_steps}
@@ -95,7 +120,7 @@ def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, now: 
         slice=messages.BlobRef(digest=job.base, bytes=job.base_bytes),
         lease=messages.Lease(epoch=job.epoch, seconds=plan.times.lease, no_progress_seconds=plan.times.no_progress),
         remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
-        max_upload_bytes=largest_length(plan.layout, job.rank, plan.wire),
+        max_upload_bytes=largest,
         model=plan.model,
         task=plan.task,
         data=plan.data,

@@ -9,12 +9,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 from fastapi.concurrency import run_in_threadpool
 
-from coordinator import clients, jobs, leasing
-from coordinator.access import Caller
+from coordinator import access, clients, jobs, leasing
+from coordinator.access import Kind
 from coordinator.context import Context
 from coordinator.problems import documented
-from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts
-from protocol import VERSION, crash, errors
+from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts, Secret
+from protocol import VERSION, errors
 from protocol.crash import Point
 from protocol.messages import ClientSelf, Enrol, Enrolled, GiveBack, Job, Profile, Progress, Renewal, Result, ResultReceipt
 
@@ -55,37 +55,36 @@ def set_profile(body: Profile, caller: Device, parts: Parts) -> ClientSelf:
     },
 )
 async def next_job(
-    caller: Device,
+    secret: Secret,
     parts: Parts,
     prefer: Annotated[str | None, Header(max_length=200, description="`wait=20`: wait for work so many seconds")] = None,
     hlora_version: Annotated[str | None, Header(max_length=40, description="the agent's version")] = None,
-) -> Job | Response:
+) -> Response:
     """Long poll for work."""
+    rings = parts.bell.rings
+    found = await run_in_threadpool(_look, parts, secret)
     _check_version(hlora_version)
-    until = time.monotonic() + _wait(prefer, parts.settings.poll_seconds)
-    with parts.bell.listen(caller.id) as ear:
+    with parts.bell.listen(found.client) as ear:
+        seconds = _wait(prefer, clients.pace(parts.settings.poll_seconds, parts.bell.crowd))
+        until = time.monotonic() + seconds
+        # Who was called between the look and the ear would wait in vain.
+        called = found.work or not seconds or parts.bell.rings != rings
+        if not called:
+            parts.desk.note(found.client)
         while True:
-            job = await run_in_threadpool(_look, parts, caller)
+            job = await parts.desk.come(found.client) if called else None
             if job is not None:
-                return job
-            if not await ear.rung(until - time.monotonic()):
+                return Response(job.model_dump_json(), media_type="application/json")
+            called = await ear.rung(until - time.monotonic())
+            if not called:
                 return Response(status_code=204, headers={"Retry-After": "1"})
 
 
-def _look(parts: Context, caller: Caller) -> Job | None:
+def _look(parts: Context, secret: str | None) -> leasing.Glance:
+    """One read tells who asks and whether there may be work. Raises Unauthenticated, Forbidden."""
     with parts.database.read() as session:
-        now = parts.database.clock(session)
-        last = clients.get(session, caller.id).last_seen
-        fresh = last is not None and now - last < clients.SEEN_EVERY
-        if fresh and not leasing.waiting(session, caller.id):
-            return None
-    with parts.database.write() as session:
-        now = parts.database.clock(session)
-        job = leasing.next_for(session, caller.id, now)
-        clients.seen(session, caller.id, now)  # after the job, as everywhere: two requests that wait for each other would never end
-    if job is not None:
-        crash.reached(Point.job_leased)
-    return job
+        found = leasing.glance(session, secret) if secret else None
+        return found or leasing.Glance(access.identify(session, secret, (Kind.client,)).id, work=False)
 
 
 def _wait(prefer: str | None, longest: float) -> float:

@@ -26,12 +26,20 @@ def context(request: Request) -> Context:
 Parts = Annotated[Context, Depends(context)]
 
 
+async def secret(credential: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str | None:
+    """The secret that came, not looked up yet."""
+    return credential.credentials if credential else None
+
+
+Secret = Annotated[str | None, Depends(secret)]
+
+
 def only(*kinds: Kind) -> Callable[..., Caller]:
     """A dependency that lets these kinds of credentials pass; plain `def`, so that the look-up blocks no event loop."""
 
-    def caller(parts: Parts, credential: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> Caller:
+    def caller(parts: Parts, secret: Secret) -> Caller:
         with parts.database.read() as session:
-            return access.identify(session, credential.credentials if credential else None, kinds)
+            return access.identify(session, secret, kinds)
 
     return caller
 
