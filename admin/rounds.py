@@ -12,7 +12,7 @@ from admin import words
 from admin.command import AsJson, answer, connect, facts, group, table
 from admin.naming import Run, run_id
 from protocol.states import JobKind
-from protocol.views import JobView, RoundSummary, RoundView
+from protocol.views import JobView, Manifest, ManifestInput, RoundSummary, RoundView
 
 app = group("Look at the rounds of a run.")
 
@@ -33,7 +33,7 @@ def show(
     attempt: Annotated[int | None, typer.Option(help="by default the last", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One round: jobs, ranks and why, weights, bytes, seconds, metrics, kept energy."""
+    """One round: jobs, ranks and why, weights, bytes, seconds, metrics, kept energy, and what its bytes follow from."""
     with connect(ctx) as client:
         id = run_id(client, run)
         if number is None:
@@ -42,6 +42,7 @@ def show(
     parts: list[RenderableType] = [facts(_standing(found))]
     parts += ["", _jobs(found.jobs)] if found.jobs else []
     parts += ["", _energy(found)] if found.energy else []
+    parts += ["", _manifest(found.manifest)] if found.manifest else []
     answer(found, as_json, Group(*parts))
 
 
@@ -95,6 +96,7 @@ def _standing(found: RoundView) -> list[tuple[str, str]]:
         ("training", words.metrics(found.train_metrics)),
         ("metrics", words.metrics(found.metrics)),
         ("adapter", found.adapter.digest if found.adapter else ""),
+        ("given up", "contributions and slices, by the retention policy; the adapter stays" if found.forgotten else ""),
     ]
 
 
@@ -125,3 +127,31 @@ def _energy(found: RoundView) -> RenderableType:
         worst = min(found.energy, key=lambda module: found.energy[module].kept.get(rank, 1.0))
         rows.append((str(rank), words.share(whole), words.share(found.energy[worst].kept.get(rank)), worst))
     return table("rank", "kept energy", "least", "in module", rows=rows, right=["rank", "kept energy", "least"])
+
+
+def _manifest(manifest: Manifest) -> RenderableType:
+    """What the round's bytes follow from; `--json` has the digests whole."""
+    software = ", ".join(f"{name} {version}" for name, version in manifest.software.items())
+    before = [
+        ("plan", manifest.plan),
+        ("made from", manifest.previous or ""),
+        ("and from", manifest.earlier or ""),
+        ("made with", software),
+    ]
+    columns = ("merged", "rank", "share", "of its change", "versions ago", "slice", "started from")
+    rows = [_input(input) for input in manifest.inputs]
+    parts: list[RenderableType] = [facts(before)]
+    parts += ["", table(*columns, rows=rows, right=["rank", "share", "of its change", "versions ago"])] if rows else []
+    return Group(*parts)
+
+
+def _input(input: ManifestInput) -> tuple[str, ...]:
+    return (
+        input.client,
+        str(input.rank),
+        words.share(input.weight),
+        words.share(input.shrink),
+        str(input.staleness),
+        words.digest(input.digest),
+        words.digest(input.base),
+    )

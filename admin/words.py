@@ -56,3 +56,8 @@ def ranks(counts: Mapping[int, int]) -> str:
 def kept(values: Mapping[int, float]) -> str:
     """2:71% 8:99%: the share of the energy that each rank keeps."""
     return " ".join(f"{rank}:{100 * value:.3g}%" for rank, value in sorted(values.items()))
+
+
+def digest(value: str) -> str:
+    """sha256:0123456789ab…: enough of a digest to tell it from others."""
+    return f"{value[:19]}…"

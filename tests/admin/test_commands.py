@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from admin.__main__ import app
+from admin.words import digest
+from coordinator import retention
 from protocol.messages import Enrol, Enrolled
 from protocol.plan import Plan
 from protocol.views import (
@@ -141,6 +144,22 @@ async def test_rounds_are_listed_and_shown_with_ranks_and_why(desk: Desk, plan_f
     for fact in ("1, attempt 1: published", "device 3", "4: the plan gives every client the same rank", "33.3 %", "attention.query"):
         assert fact in said
     assert "3/3" in desk.say("rounds", "list", run)
+
+
+async def test_a_round_shows_what_its_bytes_follow_from_and_whether_they_were_given_up(desk: Desk, plan_file: Path) -> None:
+    run = await play(desk, plan_file)
+    manifest = RoundView.model_validate(desk.tell("rounds", "show", run, 1)).manifest
+    assert manifest is not None
+    before = desk.say("rounds", "show", run, 1)
+    with desk.federation.parts.database.write() as session:
+        retention.forget(session, 1, desk.federation.clock.now)
+    after = desk.say("rounds", "show", run, 1)
+
+    for fact in (manifest.plan, manifest.previous, f"torch {torch.__version__}", digest(manifest.inputs[0].digest)):
+        assert str(fact) in before
+    assert "given up" not in before
+    assert "given up       contributions and slices, by the retention policy; the adapter stays" in after
+    assert digest(manifest.inputs[0].digest) in after
 
 
 async def test_an_untrained_round_has_no_jobs_and_loses_nothing(desk: Desk, plan_file: Path) -> None:

@@ -45,4 +45,5 @@ def test_shares_metrics_ranks_and_labels() -> None:
     assert words.metrics({"loss": 0.43, "accuracy": 0.8125}) == "accuracy 0.8125, loss 0.43"
     assert words.ranks({8: 3, 2: 1}) == "2×1 8×3"
     assert words.kept({8: 1.0, 2: 0.71}) == "2:71% 8:100%"
+    assert words.digest(f"sha256:{10**63}") == "sha256:100000000000…"
     assert words.labels({"site": "north", "class": "phone"}) == "class=phone site=north"
