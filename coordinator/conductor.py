@@ -31,6 +31,8 @@ from protocol.errors import HLoRAError, Unavailable
 from protocol.plan import Plan
 
 log = structlog.get_logger()
+BRIEF = 0.02  # seconds: after a look that took longer, a rest follows
+RESTS = 3.0  # times as long as what it took more
 
 
 class Conductor:
@@ -72,8 +74,11 @@ class Conductor:
         merging = threading.Thread(target=self._merge_on, args=(stop, closed, longest_pause), name="merging")
         merging.start()
         while not stop.is_set():
+            began = time.monotonic()
             self._attend(self._look)
             closed.set()
+            # A fleet that answers calls all the time, and its looks are long: most of the time is left to who answers it.
+            stop.wait(min(longest_pause, RESTS * max(0.0, time.monotonic() - began - BRIEF)))
             self._bell.await_conductor_call(min(longest_pause, outage.BEAT.total_seconds()))
         closed.set()
         merging.join()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from statistics import median
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from coordinator import events, quarantine
@@ -49,15 +49,20 @@ def waiting(session: Session, run: Run, round: Round) -> list[Waiting]:
 
     Those that came in the same moment are ordered by what does not change from one execution to the next.
     """
-    query = (
-        select(Job, Client, Round.number)
-        .join(Client, Job.client_id == Client.id)
-        .join(Round, Job.round_id == Round.id)
-        .where(Job.kind == JobKind.train, Job.state == JobState.submitted, Job.counted_in.is_(None))
-        .where(Round.id == round.id if plan_of(run).buffer is None else Round.run_id == run.id)
-        .order_by(Job.ended_at, Round.number, Client.name)
-    )
-    return [Waiting(job, client, round.number - number) for job, client, number in session.execute(query)]
+    query = select(Job, Client, Round.number).join(Client, Job.client_id == Client.id).join(Round, Job.round_id == Round.id)
+    ordered = query.where(_may_be_merged(run, round)).order_by(Job.ended_at, Round.number, Client.name)
+    return [Waiting(job, client, round.number - number) for job, client, number in session.execute(ordered)]
+
+
+def number_waiting(session: Session, run: Run, round: Round) -> int:
+    """How many contributions the round may merge."""
+    query = select(func.count()).select_from(Job).join(Round, Job.round_id == Round.id).where(_may_be_merged(run, round))
+    return session.scalar(query) or 0
+
+
+def _may_be_merged(run: Run, round: Round) -> ColumnElement[bool]:
+    mine = Round.id == round.id if plan_of(run).buffer is None else Round.run_id == run.id
+    return and_(mine, Job.kind == JobKind.train, Job.state == JobState.submitted, Job.counted_in.is_(None))
 
 
 def counted(session: Session, round_id: int) -> list[Job]:

@@ -86,14 +86,26 @@ def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: floa
 
 def expire(session: Session, run: Run, now: datetime) -> None:
     """End the run's jobs whose times have run out, and those of clients that may not work any more."""
+    plan = plan_of(run)
+    silent = now - timedelta(seconds=plan.times.no_progress)
     rows = session.execute(
         select(Job, Round, Client)
         .join(Round, Job.round_id == Round.id)
         .join(Client, Job.client_id == Client.id)
         .where(Round.run_id == run.id, Job.state.in_(ACTIVE))
+        # Those for whom no reason below can hold are not even read: there may be thousands.
+        .where(
+            or_(
+                Client.state != ClientState.active,
+                Job.deadline <= now,
+                Job.lease_until <= now,
+                Job.progress_at <= silent,
+                and_(Job.state == JobState.queued, Job.created_at <= silent),
+            )
+        )
     )
     for job, round, client in rows:
-        ended = _overdue(job, plan_of(run), client, now)
+        ended = _overdue(job, plan, client, now)
         if ended is not None and end(session, Job.id == job.id, Job.epoch == job.epoch, state=ended[0], reason=ended[1], now=now):
             events.record(session, now, f"job-{ended[0]}", run=run.id, round=round.number, client=client.name, reason=ended[1])
 
@@ -122,13 +134,14 @@ def end(session: Session, *which: ColumnElement[bool], state: JobState, reason: 
 def refill(session: Session, run: Run, round: Round, now: datetime, pace: float) -> list[str]:
     """Draw anew for jobs that were lost, from clients that had no part yet; a lost client that is back takes its job up again."""
     plan = plan_of(run)
-    jobs = training_jobs(session, round.id)
     busy = at_work(session, run, round)
     if plan.buffer is None:
-        busy |= {job.client_id for job in jobs if job.state == JobState.submitted}
+        answered = (Job.round_id == round.id, Job.kind == JobKind.train, Job.state == JobState.submitted)
+        busy |= set(session.scalars(select(Job.client_id).where(*answered)))
     lacking = plan.cohort.target - len(busy)
     if lacking <= 0:
         return []
+    jobs = training_jobs(session, round.id)
     able, _ = cohort.eligible(session, run.id, plan, JobKind.train, now, pace)
     had = busy | {job.client_id for job in jobs}
     fresh = cohort.draw(plan, round.number, round.attempt, len(jobs), [client for client in able if client.id not in had], lacking)

@@ -103,7 +103,7 @@ class Verdict:
 def verdict(session: Session, run: Run, round: Round, now: datetime) -> Verdict | None:
     """Close or abandon the round, because the target is in or time is up; or leave it open."""
     plan = plan_of(run)
-    submitted, target, quorum = len(counting.waiting(session, run, round)), counting.target(plan), counting.quorum(plan)
+    submitted, target, quorum = counting.number_waiting(session, run, round), counting.target(plan), counting.quorum(plan)
     if submitted >= target:
         return Verdict(True, f"the target of {target} is in" if plan.buffer is None else f"the buffer of {target} is full")
     if now >= round.closes_at:
@@ -113,7 +113,7 @@ def verdict(session: Session, run: Run, round: Round, now: datetime) -> Verdict 
 
 def last_verdict(session: Session, run: Run, round: Round) -> Verdict | None:
     """Of a round that could not be filled up: close it if the quorum is in and nobody is left to wait for."""
-    submitted, quorum = len(counting.waiting(session, run, round)), counting.quorum(plan_of(run))
+    submitted, quorum = counting.number_waiting(session, run, round), counting.quorum(plan_of(run))
     if submitted < quorum or handout.at_work(session, run, round):
         return None
     return Verdict(True, f"{submitted} contributions, quorum {quorum}, and nobody left to wait for")
