@@ -90,7 +90,7 @@ def _standing(found: RoundView) -> list[tuple[str, str]]:
         ("round", f"{found.number}, attempt {found.attempt}: {found.state}" + (f", {found.reason}" if found.reason else "")),
         ("opened", words.moment(found.opened_at)),
         ("ended", words.moment(found.ended_at) if found.ended_at else ""),
-        ("contributions", f"{found.contributions} of {found.cohort} jobs, ranks {words.ranks(found.ranks)}" if found.cohort else ""),
+        ("contributions", _contributions(found) if found.cohort or found.contributions else ""),
         ("bytes", f"{words.size(found.bytes_up)} up, {words.size(found.bytes_down)} down"),
         ("seconds", f"{words.duration(found.train_seconds)} of training in all, {words.duration(found.merge_seconds)} of merging"),
         ("training", words.metrics(found.train_metrics)),
@@ -98,6 +98,11 @@ def _standing(found: RoundView) -> list[tuple[str, str]]:
         ("adapter", found.adapter.digest if found.adapter else ""),
         ("given up", "contributions and slices, by the retention policy; the adapter stays" if found.forgotten else ""),
     ]
+
+
+def _contributions(found: RoundView) -> str:
+    """Merged ones and jobs handed out: with a buffer, neither are all of the other."""
+    return f"{found.contributions}, ranks {words.ranks(found.ranks)}; {found.cohort} jobs handed out"
 
 
 def _jobs(jobs: list[JobView]) -> RenderableType:
@@ -116,7 +121,7 @@ def _job(job: JobView) -> tuple[str, ...]:
         "" if job.change_norm is None else f"{job.change_norm:.3g}",
         "" if job.usage is None else words.duration(job.usage.seconds),
         words.metrics({name: metric.value for name, metric in job.metrics.items()}),
-        job.reason or "",
+        job.reason or (f"merged into round {job.counted_in}, {job.staleness} versions later" if job.staleness else ""),
     )
 
 
