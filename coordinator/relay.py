@@ -24,6 +24,7 @@ log = structlog.get_logger()
 CHANNEL = "hlora"
 AT_ONCE = 300  # ids of some 23 bytes in one notification, which may have 8,000
 PAUSES = (1.0, 30.0)  # seconds between attempts to connect: the first, and the longest after doubling
+NAME = "hlora-relay"  # of the connection, in the server's list
 # Of a server that vanished without a word nothing is heard; the operating system asks after it.
 ALIVE: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3, "connect_timeout": 10}
 
@@ -50,7 +51,8 @@ class Relay:
     """The connection between one bell and the others."""
 
     def __init__(self, engine: Engine, bell: Bell) -> None:
-        _, self._parameters = engine.dialect.create_connect_args(engine.url)
+        _, parameters = engine.dialect.create_connect_args(engine.url)
+        self._parameters: dict[str, Any] = ALIVE | {"application_name": NAME} | parameters
         self._bell = bell
         self._lock = threading.Lock()
         self._outgoing: set[str] = set()
@@ -94,7 +96,7 @@ class Relay:
 
     @contextmanager
     def _connected(self) -> Iterator[psycopg.Connection[Any]]:
-        with psycopg.connect(**self._parameters, **ALIVE, autocommit=True) as connection:
+        with psycopg.connect(**self._parameters, autocommit=True) as connection:
             connection.execute(f"listen {CHANNEL}")
             yield connection
 
