@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 import httpx
@@ -11,13 +12,12 @@ from protocol import VERSION, errors
 from protocol.messages import Problem
 
 Body = TypeVar("Body", bound=BaseModel)
+NAMED = re.compile(r'</problems/([a-z-]+)>; rel="type"')  # all that an answer to HEAD, which has no body, says of its reason
 BY_STATUS = {
     401: errors.Unauthenticated,
     403: errors.Forbidden,
     404: errors.NotFound,
     408: errors.StalledBody,
-    409: errors.Conflict,
-    410: errors.Over,
     413: errors.TooLarge,
 }
 
@@ -29,6 +29,8 @@ def refusal(response: httpx.Response) -> errors.HLoRAError:
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
+        if named := NAMED.match(response.headers.get("Link", "")):
+            return errors.by_slug(named[1])("", **facts)
         return _strange(response)(
             f"{response.request.url} answered {response.status_code} without a reason; is the address right?", **facts
         )

@@ -15,6 +15,7 @@ from agent.held import Held, Link
 from agent.outbox import Entry, Outbox
 from agent.training import Standing
 from protocol import errors
+from protocol.messages import Progress
 
 log = structlog.get_logger("agent")
 LONGEST_PAUSE = 60.0  # seconds between attempts
@@ -60,7 +61,10 @@ class Courier:
     async def _send_slice(self, held: Held, entry: Entry, again: bool) -> Entry:
         if entry.sent or (ref := entry.slice) is None:
             return entry
-        job, began = held.job, self.clock()
+        job = held.job
+        if again:  # nobody may want it any more: only an answer to this says why
+            await self.client.renew(job.id, Progress(epoch=entry.result.epoch, phase="upload"))
+        began = self.clock()
 
         def moved(count: int) -> None:
             held.standing = Standing("upload", count, ref.bytes)

@@ -45,13 +45,13 @@ class Holder:
     stopping: asyncio.Event
     may_work: Callable[[], bool]  # by the owner's policy, at this moment
 
-    async def hold(self, held: Held, working: Coroutine[Any, Any, None], *, at_once: bool = False) -> tuple[Step, errors.HLoRAError | None]:
+    async def hold(self, held: Held, working: Coroutine[Any, Any, None]) -> tuple[Step, errors.HLoRAError | None]:
         """See a job to its end with its lease renewed beside it; leave it when it is done, lost, refused, or the agent stops.
 
-        Gives what came of it, and why it was not done. `at_once` renews the lease before anything else.
+        Gives what came of it, and why it was not done.
         """
         work = asyncio.create_task(working)
-        renewing, stop = asyncio.create_task(self._renew(held, at_once)), asyncio.create_task(self.stopping.wait())
+        renewing, stop = asyncio.create_task(self._renew(held)), asyncio.create_task(self.stopping.wait())
         await asyncio.wait({work, renewing, stop}, return_when=asyncio.FIRST_COMPLETED)
         if held.answering:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -74,9 +74,8 @@ class Holder:
 
     def _reason(self, renewing: asyncio.Task[None]) -> errors.HLoRAError:
         """Why a job is left that nobody has ended: the agent is stopping, or the renewal has a defect."""
-        if not renewing.done():
-            return errors.Refusal("the agent is stopping", stopping=True)
-        return self._defect(renewing.exception() or RuntimeError())
+        defect = renewing.exception() if renewing.done() else None
+        return errors.Refusal("the agent is stopping", stopping=True) if defect is None else self._defect(defect)
 
     def _defect(self, error: BaseException) -> errors.HLoRAError:
         # The words of a foreign error may quote a row: only its kind is told, and where it was raised.
@@ -99,10 +98,10 @@ class Holder:
             log.info("give-back-refused", problem=lost.slug(), detail=lost.detail)
         return Step.given_back
 
-    async def _renew(self, held: Held, at_once: bool) -> None:
+    async def _renew(self, held: Held) -> None:
         """Renew the lease until the job is answered or has ended otherwise, with the reason in `held`."""
         job, seconds = held.job, held.job.lease.seconds
-        await asyncio.sleep(0 if at_once else seconds / RENEWALS)
+        await asyncio.sleep(seconds / RENEWALS)
         while held.ended is None and not held.answering:
             at = held.standing
             progress = Progress(epoch=job.lease.epoch, phase=at.phase, step=at.step, steps=at.steps, loss=at.loss)

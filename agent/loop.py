@@ -100,9 +100,8 @@ class Loop:
             if self.stopping.is_set():
                 return False
             held = Held.begin(entry.job, self.clock, self.link)
-            bringing = self._courier.deliver(held, entry, again=True)
             log.info("outbox-found", entry=entry.job.id, sent=entry.sent)
-            await self._hold(held, bringing, at_once=not entry.sent)
+            await self._hold(held, self._courier.deliver(held, entry, again=True))
         return True
 
     async def step(self) -> Step:
@@ -138,9 +137,9 @@ class Loop:
         log.info("outbox-found", entry=job.id, sent=entry.sent)
         return await asyncio.to_thread(self.outbox.save, entry.under(job))
 
-    async def _hold(self, held: Held, working: Coroutine[Any, Any, None], *, at_once: bool = False) -> Step:
+    async def _hold(self, held: Held, working: Coroutine[Any, Any, None]) -> Step:
         """See a job to its end, and keep of it what may yet be wanted."""
-        step, error = await self._holder.hold(held, working, at_once=at_once)
+        step, error = await self._holder.hold(held, working)
         if error is None:
             log.info("job-done")
         if error is None or not (may_return(error) or stopped(error)):

@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     ca_file: Path | None = Field(default=None, description="certificates to trust instead of the usual ones, as PEM")
     proxy: str | None = Field(default=None, description="address of the HTTP proxy to go through")
     threads: int | None = Field(default=None, ge=1, description="processor threads that training may use; by default torch's choice")
-    wait_seconds: float = Field(default=20.0, ge=0, le=300, description="how long one question for work may stay open")
+    wait_seconds: float = Field(
+        default=50.0, ge=0, le=300, description="how long one question for work may stay open; many proxies cut what is silent for 60 s"
+    )
     checkpoint_seconds: float = Field(
         default=30.0, ge=0, description="how much training may have to be repeated after the agent was killed; 0: all of it"
     )

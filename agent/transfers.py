@@ -118,7 +118,6 @@ class Upload:
         if self.ref.bytes <= PART and not self.again:
             self.again = True
             return read(await self._send("PUT", 0, self.ref.bytes, {}), SliceReceipt)
-        self.again = True
         at = await self._stands()
         while isinstance(at, int):
             at = await self._part(at)
@@ -126,12 +125,7 @@ class Upload:
 
     async def _stands(self) -> int | SliceReceipt:
         """How many bytes the coordinator has; the receipt, if it has them all and has found them good."""
-        try:
-            answer = await self.connection.once("HEAD", self.path, headers={"Lease-Epoch": str(self.epoch)})
-        except errors.Conflict:  # such an answer has no body to say which
-            raise errors.StaleLease("somebody else holds the job now") from None
-        except errors.Over:
-            raise errors.JobOver("the job has ended") from None
+        answer = await self.connection.once("HEAD", self.path, headers={"Lease-Epoch": str(self.epoch)})
         if answer.headers.get("Repr-Digest", self._digest) != self._digest:
             return 0  # of another training; it gives way to this one
         if answer.headers.get("Upload-Complete") == "?1":
@@ -144,13 +138,21 @@ class Upload:
         try:
             answer = await self._send("PATCH", start, count, {"Upload-Offset": str(start), "Upload-Length": str(self.ref.bytes)})
         except errors.OffsetMismatch as error:
-            raise errors.OffsetMismatch(error.detail, retryable=True) from None  # it is asked where the upload stands
+            return self._elsewhere(error, start)
         except (errors.HLoRAError, httpx.TransportError):
             self.size = max(SMALLEST_PART, self.size // 2)
             raise
         self.size = min(PART, self.size * 2)
         self.furthest = max(self.furthest, start + count)
         return _offset(answer, self.ref.bytes) if answer.status_code == 204 else read(answer, SliceReceipt)
+
+    def _elsewhere(self, error: errors.OffsetMismatch, start: int) -> int:
+        """Where to go on: what came before a cut was stored only after it had been asked for. Otherwise it is asked again."""
+        offset = error.facts.get("offset")
+        if not isinstance(offset, int) or not start < offset < self.ref.bytes:
+            raise errors.OffsetMismatch(error.detail, retryable=True)
+        self.furthest = max(self.furthest, offset)
+        return offset
 
     async def _send(self, method: str, start: int, count: int, headers: dict[str, str]) -> httpx.Response:
         own = {"Lease-Epoch": str(self.epoch), "Content-Length": str(count), "Content-Type": "application/octet-stream"}

@@ -3,143 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from pydantic import SecretStr
 from sqlalchemy import select
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from agent.client import Client
-from agent.loop import Loop, Step
+from agent.loop import Step
 from agent.policy import Policy
-from agent.training import Outcome, Standing, Tell, Train, Trainer
+from agent.training import Outcome, Tell, Trainer
 from coordinator.tables import Job as JobRow
 from modelling.layout import resolve
 from protocol import errors
-from protocol.messages import Job, Metric, Usage
+from protocol.messages import Job
 from protocol.slices import Slice
 from protocol.states import JobKind, JobState
+from tests.agent.looping import (
+    ALONE,
+    FINISHED,
+    PATIENCE,
+    START,
+    Block,
+    Steps,
+    begin,
+    done,
+    ended,
+    instantly,
+    last_job,
+    looping,
+    refusing,
+    until,
+)
 from tests.agent.work import catalogue
-from tests.federation import Device, Federation, make_plan, make_profile, moved, open_federation
+from tests.federation import Federation, make_plan, make_profile
 from tests.modelling.drawn import CLASSES
-
-PATIENCE = 30.0  # seconds; an outer bound, nothing is measured by it
-FINISHED = ["entry.json", "slice.safetensors"]
-START = ["start.safetensors"]  # of a job that may be handed out again
-ALONE: dict[str, Any] = {"cohort": {"target": 1, "quorum": 1}, "evaluation": {"every": 0}, "rounds": 1}
-
-
-@pytest.fixture
-async def federation(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Federation]:
-    async with open_federation(sqlite_url, tmp_path / "coordinator") as found:
-        yield found
-
-
-@dataclass
-class Steps:
-    """Training whose steps take no time and never end, until it is told to stop or let go."""
-
-    begun: threading.Event = field(default_factory=threading.Event)
-    enough: threading.Event = field(default_factory=threading.Event)
-    stopped_by: list[Exception] = field(default_factory=list)
-
-    def __call__(self, job: Job, start: Slice, tell: Tell) -> Outcome:
-        step = 0
-        while not self.enough.wait(0.01):
-            step += 1
-            try:
-                tell(Standing("train", step, step + 1, 0.5))
-            except errors.HLoRAError as error:
-                self.stopped_by.append(error)
-                raise
-            self.begun.set()
-        return done(job, start)
-
-    async def until_begun(self) -> None:
-        assert await asyncio.to_thread(self.begun.wait, PATIENCE)
-
-
-@dataclass
-class Block(Steps):
-    """Training that blocks its thread in one long step."""
-
-    def __call__(self, job: Job, start: Slice, tell: Tell) -> Outcome:
-        tell(Standing("train", 3, 10, 0.5))
-        self.begun.set()
-        assert self.enough.wait(PATIENCE)
-        return done(job, start)
-
-
-def done(job: Job, start: Slice) -> Outcome:
-    trained = moved(start, job) if job.kind is JobKind.train else None
-    return Outcome(examples=5, metrics={"loss": Metric(value=0.5, weight=5)}, usage=Usage(seconds=1), slice=trained)
-
-
-def instantly(job: Job, start: Slice, tell: Tell) -> Outcome:
-    return done(job, start)
-
-
-def refusing(error: Exception) -> Train:
-    def train(job: Job, start: Slice, tell: Tell) -> Outcome:
-        raise error
-
-    return train
-
-
-@asynccontextmanager
-async def looping(
-    federation: Federation, device: Device, train: Train, folder: Path, *, app: ASGIApp | None = None, left: Sequence[str] = (), **how: Any
-) -> AsyncIterator[Loop]:
-    """An agent with that device's credential; nothing of its work is left on the disk but these files."""
-    assert device.secret is not None
-    transport = httpx.ASGITransport(app=app or federation.app)
-    async with Client("http://localhost", SecretStr(device.secret), transport=transport, sleep=no_pause) as client:
-        settings: dict[str, Any] = {"policy": Policy(), "wait_seconds": 0, "chance": random.Random(0)} | how
-        yield Loop(client, train, folder=folder / "home", **settings)
-    assert sorted(path.name for path in (folder / "home").rglob("*") if path.is_file()) == sorted(left)
-
-
-async def no_pause(_: float) -> None:
-    """Requests are repeated at once."""
-    await asyncio.sleep(0)
-
-
-async def begin(federation: Federation, **changes: Any) -> tuple[Device, str]:
-    """One device, and a run whose first round asks it to train."""
-    device = await federation.enrol("device")
-    return device, await federation.open(make_plan(**ALONE, **changes))
-
-
-async def last_job(federation: Federation, run: str) -> tuple[JobState, str | None]:
-    job = (await federation.admin.round(run, 1)).jobs[-1]
-    return job.state, job.reason
-
-
-async def until(what: Callable[[], Awaitable[bool]]) -> None:
-    for _ in range(int(PATIENCE / 0.01)):
-        if await what():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came to that")
-
-
-async def ended(federation: Federation, run: str, state: JobState) -> None:
-    """Wait until the one job has come to that state."""
-
-    async def there() -> bool:
-        return (await last_job(federation, run))[0] is state
-
-    await until(there)
 
 
 async def test_jobs_are_done_until_there_are_no_more(federation: Federation, tmp_path: Path) -> None:
