@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from admin import adapter, catalogue, clients, enrolments, plans, rounds, runs, tokens
+from admin import adapter, catalogue, clients, enrolments, plans, quarantine, rounds, runs, tokens
 from admin.command import Commands, configure
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -15,6 +15,7 @@ for name, commands in {
     "rounds": rounds,
     "plans": plans,
     "clients": clients,
+    "quarantine": quarantine,
     "enrolments": enrolments,
     "tokens": tokens,
     "adapter": adapter,

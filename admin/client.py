@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import ssl
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
@@ -28,6 +29,7 @@ from protocol.views import (
     EnrolmentView,
     Health,
     Page,
+    QuarantineView,
     RoundSummary,
     RoundView,
     RunDetail,
@@ -114,6 +116,26 @@ class Client:
         """Set labels, pause, reinstate, revoke, or rotate the credential."""
         return self._send("PATCH", f"/v1/clients/{client}", ClientChanged, body=change)
 
+    def quarantine(self, run: str | None = None, client: str | None = None) -> Iterator[QuarantineView]:
+        """Contributions that were set apart, newest first; of a run, of a client, or all."""
+        return self._pages("/v1/quarantine", Page[QuarantineView], run=run, client=client)
+
+    def quarantined(self, contribution: str) -> QuarantineView:
+        """One contribution that was set apart."""
+        return self._get(f"/v1/quarantine/{contribution}", QuarantineView)
+
+    def quarantined_slice(self, contribution: str) -> Iterator[bytes]:
+        """The bytes of a contribution that was set apart, piece by piece."""
+        with self._reaching(), self._http.stream("GET", f"/v1/quarantine/{contribution}/slice") as response:
+            if not response.is_success:
+                response.read()
+                raise _refusal(response)
+            yield from response.iter_bytes()
+
+    def delete_quarantined(self, contribution: str) -> None:
+        """Forget a contribution that was set apart."""
+        self._answer("DELETE", f"/v1/quarantine/{contribution}")
+
     def make_enrolment(self, request: EnrolmentRequest) -> EnrolmentMade:
         """Make an enrolment token."""
         return self._send("POST", "/v1/enrolments", EnrolmentMade, body=request)
@@ -153,10 +175,10 @@ class Client:
         content = body.model_dump_json() if body else None
         return _read(self._answer(method, path, content=content, headers={"Content-Type": "application/json", **(headers or {})}), kind)
 
-    def _pages(self, path: str, kind: type[Page[Row]]) -> Iterator[Row]:
+    def _pages(self, path: str, kind: type[Page[Row]], **parameters: str | None) -> Iterator[Row]:
         cursor: str | None = None
         while True:
-            page = self._get(path, kind, cursor=cursor, limit=PAGE)
+            page = self._get(path, kind, cursor=cursor, limit=PAGE, **parameters)
             yield from page.items
             cursor = page.next
             if cursor is None:
@@ -171,14 +193,19 @@ class Client:
         content: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        try:
+        with self._reaching():
             response = self._http.request(method, path, params=params, content=content, headers=headers)
-        except httpx.TransportError as error:
-            reason = str(error) or type(error).__name__
-            raise errors.Unavailable(f"{self._url} does not answer ({reason}); is the coordinator running, is HLORA_URL right?") from None
         if not response.is_success:
             raise _refusal(response)
         return response
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise errors.Unavailable(f"{self._url} does not answer ({reason}); is the coordinator running, is HLORA_URL right?") from None
 
 
 def _given(**parameters: int | str | None) -> dict[str, int | str]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from urllib.parse import urlsplit
@@ -13,7 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel
 
-from protocol.views import TokenMade
+from protocol import errors
+from protocol.views import Page, QuarantineView, TokenMade
 from tests.federation import Federation, make_plan, open_federation, read
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -48,14 +50,20 @@ class Curl(BaseModel):
 async def variables(federation: Federation) -> dict[str, str]:
     """What the page's variables stand for: things that there are."""
     device = await federation.enrol("one")
+    run = await federation.open(make_plan())
+    await federation.open(make_plan(name="alone", cohort={"target": 1, "quorum": 1}, evaluation={"every": 0}))
+    with suppress(errors.MalformedSlice):
+        await device.put_slice(await device.take(), b"nonsense")
+    apart = read(await federation.admin.call("GET", "/v1/quarantine"), Page[QuarantineView])
     made = read(await federation.admin.call("POST", "/v1/tokens", json={"name": "old", "role": "viewer"}), TokenMade)
     return {
         "HLORA_URL": "http://coordinator",
         "auth": f"Authorization: Bearer {federation.admin.secret}",
-        "RUN": await federation.open(make_plan()),
+        "RUN": run,
         "CLIENT": device.id,
         "ENROLMENT": (await federation.admin.invite()).id,
         "TOKEN": made.id,
+        "CONTRIBUTION": apart.items[0].id,
     }
 
 
