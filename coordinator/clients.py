@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, select, update
@@ -16,6 +16,7 @@ from protocol.messages import ClientSelf, Enrol, Enrolled, Profile
 from protocol.states import ClientState, JobKind
 from protocol.views import ClientChange, ClientChanged, ClientView, EnrolmentMade, EnrolmentRequest, EnrolmentView, Page, RankView
 
+LATELY = timedelta(minutes=10)  # longer than any poll waits: who was not seen since is no part of the fleet now
 POLLS_PER_SECOND = 50.0  # that a fleet shall ask at most: the larger it is, the longer its polls may wait
 
 
@@ -120,6 +121,17 @@ def all_seen(session: Session, ids: Collection[str], now: datetime) -> None:
 def pace(least: float, crowd: int) -> float:
     """Seconds that a poll may wait where so many clients wait."""
     return max(least, crowd / POLLS_PER_SECOND)
+
+
+def crowd(clients: Iterable[Client], now: datetime) -> int:
+    """How many of these clients are part of the fleet now, at whichever coordinator they wait."""
+    return sum(client.last_seen is not None and now - client.last_seen <= LATELY for client in clients)
+
+
+def pace_now(session: Session, least: float, now: datetime) -> float:
+    """The longest time that a poll may wait now."""
+    fleet = select(func.count()).where(Client.state == ClientState.active, Client.last_seen >= now - LATELY)
+    return pace(least, session.scalar(fleet) or 0)
 
 
 def available(client: Client, now: datetime, pace: float) -> bool:

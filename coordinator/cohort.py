@@ -24,8 +24,10 @@ def eligible(session: Session, run_id: str, plan: Plan, kind: JobKind, now: date
     refusals, known = _refusals(session, run_id), histories.of_run(session, run_id)
     able: list[Client] = []
     reasons: dict[str, str] = {}
-    for client in clients.active(session):
-        reason = _absence(client, now, pace) or _obstacle(client, plan, kind, refusals.get(client.id), known.get(client.id, NEW))
+    everybody = clients.active(session)
+    given = clients.pace(pace, clients.crowd(everybody, now))
+    for client in everybody:
+        reason = _absence(client, now, given) or _obstacle(client, plan, kind, refusals.get(client.id), known.get(client.id, NEW))
         if reason is None:
             able.append(client)
         else:

@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 for any free one")
     tick_seconds: float = Field(default=1.0, gt=0, description="longest pause between two looks of the conductor")
-    poll_seconds: float = Field(default=20.0, gt=0, le=300, description="how long a poll for work may wait, and the pace given to agents")
+    poll_seconds: float = Field(
+        default=20.0, gt=0, le=300, description="how long a poll for work may wait; longer in a fleet of more than 50 times as many clients"
+    )
     rejections: int = Field(default=3, ge=1, description="a client is paused after so many rejected contributions in a row")
     keep_rounds: int | None = Field(
         default=None,

@@ -30,7 +30,8 @@ GONE = documented(*COMMON, errors.NotFound)
 def list_clients(parts: Parts, cursor: Cursor = None, limit: Limit = 100) -> Page[ClientView]:
     """Clients, newest first."""
     with parts.database.read() as session:
-        return clients.list_views(session, cursor, limit, parts.database.clock(session), parts.settings.poll_seconds)
+        now = parts.database.clock(session)
+        return clients.list_views(session, cursor, limit, now, clients.pace_now(session, parts.settings.poll_seconds, now))
 
 
 @reading.get("/clients/{client}", responses=GONE)
@@ -38,7 +39,7 @@ def show_client(client: Id, parts: Parts) -> ClientView:
     """A client: state, profile, last rank and why."""
     with parts.database.read() as session:
         now = parts.database.clock(session)
-        return clients.view(session, clients.get(session, client), now, parts.settings.poll_seconds)
+        return clients.view(session, clients.get(session, client), now, clients.pace_now(session, parts.settings.poll_seconds, now))
 
 
 @changing.patch("/clients/{client}", responses=GONE | documented(errors.Conflict))
@@ -48,7 +49,8 @@ def change_client(client: Id, body: ClientChange, parts: Parts) -> ClientChanged
         now = parts.database.clock(session)
         credential = clients.change(session, client, body, now)
         session.flush()
-        answer = clients.changed(session, client, credential, now, parts.settings.poll_seconds)
+        pace = clients.pace_now(session, parts.settings.poll_seconds, now)
+        answer = clients.changed(session, client, credential, now, pace)
     parts.bell.ring_conductor()
     return answer
 

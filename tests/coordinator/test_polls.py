@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
+from coordinator.tables import Client
 from protocol import VERSION, errors
 from protocol.states import JobKind
-from tests.federation import Federation, make_plan, refusal
+from tests.federation import Federation, make_plan, open_federation, refusal
 
 WAIT = 20  # seconds that these polls would wait; a test that waits for them to the end has failed
 SOON = 10  # seconds; what comes later was not woken
@@ -105,6 +107,61 @@ async def test_many_waiting_polls_are_in_nobodys_way(federation: Federation) -> 
     jobs = [job for job in await asyncio.wait_for(asyncio.gather(*polls), WAIT + SOON) if job is not None]
     assert len({job.id for job in jobs}) == 3
     assert len({(job.id, job.lease.epoch) for job in jobs}) == len(jobs)
+
+
+async def test_who_asks_together_gets_each_its_own_job(federation: Federation) -> None:
+    devices = await federation.enrol_many(12)
+    polls = [asyncio.ensure_future(device.next_job(wait=WAIT)) for device in devices]
+    await asyncio.sleep(0.1)
+
+    await federation.open(make_plan(evaluation={"every": 0}, cohort={"target": 12, "quorum": 1}))
+
+    jobs = [job for job in await asyncio.wait_for(asyncio.gather(*polls), SOON) if job is not None]
+    assert len({job.id for job in jobs}) == 12
+    assert {job.lease.epoch for job in jobs} == {1}
+    await asyncio.gather(*(device.renew(job) for device, job in zip(devices, jobs, strict=True)))
+
+
+async def test_what_fails_for_one_does_not_fail_for_those_who_ask_with_it(small: Federation) -> None:
+    devices = await small.enrol_many(5)
+    await small.open(make_plan(evaluation={"every": 0}, cohort={"target": 5, "quorum": 1}))
+    with small.parts.database.write() as session:
+        session.get_one(Client, devices[2].id).profile = {"memory_bytes": "damaged"}
+
+    answers = await asyncio.gather(*(device.call("POST", "/v1/jobs/next") for device in devices))
+
+    assert [answer.status_code for answer in answers] == [200, 200, 500, 200, 200]
+
+
+async def test_a_client_that_is_revoked_while_it_waits_gets_no_job(federation: Federation) -> None:
+    devices = await federation.enrol_many(3)
+    polls = [asyncio.ensure_future(device.next_job(wait=3)) for device in devices]
+    await asyncio.sleep(0.1)
+    await federation.open(make_plan(evaluation={"every": 0}, cohort={"target": 2, "quorum": 1}))
+    held = await asyncio.wait_for(asyncio.wait(polls, return_when=asyncio.FIRST_COMPLETED), SOON)
+    waiting = next(device for device, poll in zip(devices, polls, strict=True) if poll in held[1])
+    giver, job = next((device, poll.result()) for device, poll in zip(devices, polls, strict=True) if poll in held[0])
+    await federation.admin.change_client(waiting, state="revoked")
+    assert job is not None
+
+    await giver.give_back(job)
+    federation.tick()
+
+    assert await polls[devices.index(waiting)] is None
+    assert isinstance(refusal(await waiting.call("POST", "/v1/jobs/next")), errors.Unauthenticated)
+
+
+async def test_a_larger_fleet_may_be_silent_for_longer(sqlite_url: str, tmp_path: Path) -> None:
+    """Polls of 20 clients wait 0.4 s, those of 50 a second; who is silent for twice that and ten seconds more is away."""
+    async with open_federation(sqlite_url, tmp_path, poll_seconds=0.1) as federation:
+        first, *_ = await federation.enrol_many(20)
+        federation.clock.advance(11.5)
+        assert not (await federation.admin.client(first)).available
+        for number in range(21, 51):
+            await federation.enrol(f"device {number}")
+        assert (await federation.admin.client(first)).available
+        federation.clock.advance(1)
+        assert not (await federation.admin.client(first)).available
 
 
 async def test_a_poll_of_a_client_that_may_not_work_finds_nothing(small: Federation) -> None:
