@@ -104,6 +104,16 @@ async def test_the_same_seed_publishes_the_same_bytes_and_another_seed_others(mo
     assert set(first).isdisjoint(other)
 
 
+async def test_a_buffered_plan_ends_and_publishes_the_same_bytes_again(model: Path, fleet: Path, tmp_path: Path) -> None:
+    """Four devices answer in a sweep and two make a version: what is left over is merged stale."""
+    plan = _plan(model, buffer={"size": 2}, rounds=4)
+    first = await _digests(plan, fleet, tmp_path / "first")
+    again = await _digests(plan, fleet, tmp_path / "again")
+
+    assert first == again
+    assert len(set(first)) == 5
+
+
 async def test_the_bytes_do_not_depend_on_where_modules_are_merged(model: Path, fleet: Path, tmp_path: Path) -> None:
     threads = await _digests(_plan(model, rounds=1), fleet, tmp_path / "threads", "threads://3")
     processes = await _digests(_plan(model, rounds=1), fleet, tmp_path / "processes", "processes://2")
