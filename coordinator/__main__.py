@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from coordinator.database import Database
 
 TOLD_EVERY = 5.0  # seconds between two lines about how far a long command is
-ABOUT = """The coordinator: routes, rounds and merging in one process.
-
-Where it keeps things is said by HLORA_COORDINATOR_DATA, or HLORA_COORDINATOR_DATABASE_URL and HLORA_COORDINATOR_BLOBS_URL;
-every command must be given the same. All but serve may run beside a coordinator that works."""
+ABOUT = (
+    "The coordinator of a federation. To begin: serve, and beside it token NAME.\n\n"
+    "It keeps everything in hlora-data/, or where HLORA_COORDINATOR_DATA says; HLORA_COORDINATOR_DATABASE_URL puts rows in PostgreSQL, "
+    "HLORA_COORDINATOR_BLOBS_URL blobs in a bucket. Every command needs the same settings; docs/configuration.md has all of them. "
+    "All commands but restore work beside a running coordinator."
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 
@@ -34,7 +36,10 @@ def serve(
     host: Annotated[str | None, typer.Option(help="address to listen on; HLORA_COORDINATOR_HOST")] = None,
     port: Annotated[int | None, typer.Option(help="port, 0 for any free one; HLORA_COORDINATOR_PORT")] = None,
 ) -> None:
-    """Run the whole coordinator in one process: routes, conductor and merging. Brings the database up to date first."""
+    """Run the coordinator until SIGTERM or SIGINT: routes, rounds and merging. Brings the database up to date first.
+
+    Any number may share one PostgreSQL and one store of blobs; a SQLite file serves one.
+    """
     from coordinator import app as application
     from coordinator import database, schema, server
     from protocol import crash
@@ -54,7 +59,7 @@ def serve(
 
 @app.command()
 def migrate() -> None:
-    """Bring the database to the newest schema and say its revision."""
+    """Bring the database to this program's schema and say its revision. serve does so by itself."""
     from coordinator import schema
 
     settings = _settings()
@@ -67,7 +72,7 @@ def token(
     role: Annotated[Role, typer.Option(help="admin may do everything, viewer may read")] = Role.admin,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
 ) -> None:
-    """Make an operator's token and print it, this once. Works beside a running coordinator."""
+    """Make an operator's token and print it, this once."""
     from pydantic import ValidationError
 
     from coordinator import access, schema
@@ -122,7 +127,7 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", file_okay=False, help=
 
 @app.command()
 def backup(folder: Folder) -> None:
-    """Copy the database and every blob that it needs to a folder. Works beside a running coordinator.
+    """Copy the database and every blob that it needs to a folder.
 
     Blobs that the folder has already are checked and not copied again. Exit code 1 where a blob is missing or damaged.
     """
@@ -136,9 +141,9 @@ def backup(folder: Folder) -> None:
 
 @app.command()
 def restore(folder: Folder) -> None:
-    """Put a backup into an empty database and the store of blobs, before serve. Overwrites nothing.
+    """Put a backup into an empty database and a store of blobs, before serve. Overwrites nothing.
 
-    What was not finished when the backup was made goes on by itself.
+    The settings say where to. What was not finished when the backup was made goes on when the coordinator is started.
     """
     from coordinator import backup
     from coordinator.blobs import Blobs

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from sqlalchemy import make_url
 from typer.testing import CliRunner, Result
@@ -12,9 +16,11 @@ from typer.testing import CliRunner, Result
 from coordinator import backup, dumps, retention
 from coordinator.__main__ import app
 from protocol import slices
+from protocol.messages import Job
 from protocol.states import RunState
 from protocol.views import RoundView
-from tests.federation import Clock, Device, Federation, Operator, make_plan, open_federation
+from tests.coordinator.services import Service
+from tests.federation import Clock, Device, Federation, Operator, enrol, make_plan, make_profile, open_federation
 
 PLAN = make_plan(rounds=2, evaluation={"every": 0})
 both = pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
@@ -96,6 +102,75 @@ async def test_a_backup_made_in_the_middle_of_a_round_goes_on_elsewhere_to_the_s
     assert "differs" not in said(empty_url, tmp_path / "elsewhere", "verify", run)
 
 
+@pytest.fixture
+async def undisturbed(_migrated_sqlite: Path, tmp_path: Path) -> list[object]:
+    """What the same federation publishes when nothing happens to it."""
+    database = shutil.copy(_migrated_sqlite, tmp_path / "undisturbed.sqlite")
+    async with open_federation(f"sqlite:///{database}", tmp_path / "undisturbed") as federation:
+        await federation.enrol_many(3)
+        run = await federation.open(PLAN)
+        await federation.play([run])
+        return await published(federation.admin, run)
+
+
+@pytest.fixture
+def services(url: str, empty_url: str, tmp_path: Path) -> Iterator[list[Service]]:
+    """Two coordinators as processes, not started: one that works, and one that shall follow it elsewhere."""
+    made = [
+        Service(name, tmp_path, {"DATA": str(tmp_path / name), "DATABASE_URL": database, "EXECUTOR": "threads://1", "TICK_SECONDS": "0.05"})
+        for name, database in (("first", url), ("second", empty_url))
+    ]
+    yield made
+    for service in made:
+        if service.alive:
+            service.end()
+
+
+@both
+@pytest.mark.slow
+async def test_a_machine_that_dies_after_its_backup_is_followed_by_another(
+    url: str, empty_url: str, services: list[Service], undisturbed: list[object], tmp_path: Path
+) -> None:
+    """Real processes and real time: the copy is made while the coordinator works, then that is killed and its store is gone."""
+    first, second = services
+    await asyncio.to_thread(first.start)
+    secret = said(url, tmp_path / "first", "token", "ops")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{first.port}", timeout=60) as http:
+        admin = Operator(http, secret)
+        devices = [await enrol(admin, f"device {number}", make_profile(train=10 * number)) for number in (1, 2, 3)]
+        run = (await admin.create(PLAN)).id
+        job, cut, held = [await _coming(device) for device in devices]
+        await devices[0].complete(job)
+        data = await devices[1].trained(cut)
+        await devices[1].patch(cut, data, 0, 1000)
+        said(url, tmp_path / "first", "backup", tmp_path / "backup")
+    await asyncio.to_thread(first.end)
+    shutil.rmtree(tmp_path / "first")
+
+    said(empty_url, tmp_path / "second", "restore", tmp_path / "backup")
+    await asyncio.to_thread(second.start)
+
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{second.port}", timeout=60) as http:
+        admin = Operator(http, secret)
+        one, two, three = devices = [replace(device, http=http) for device in devices]
+        await two.patch(cut, data, 1000, len(data))
+        await two.put_result(cut, two.result(cut, slices.digest(data)))
+        await three.complete(held)
+        for device in devices:
+            await device.complete(await _coming(device))
+        while (await admin.run(run)).state is RunState.running:
+            await one.next_job(wait=1)
+        assert await published(admin, run) == undisturbed
+    assert "differs" not in said(empty_url, tmp_path / "second", "verify", run)
+
+
+async def _coming(device: Device) -> Job:
+    """The device's next job, which comes soon."""
+    job = await device.next_job(wait=20)
+    assert job is not None, f"{device.name} has no job"
+    return job
+
+
 @both
 async def test_a_later_backup_copies_what_is_new_and_mends_what_it_had(url: str, tmp_path: Path) -> None:
     async with open_federation(url, tmp_path / "data") as federation:
@@ -137,6 +212,26 @@ async def test_what_is_given_up_while_it_is_copied_is_not_missed(url: str, tmp_p
 
     assert done.lost == ()
     assert not any((tmp_path / "backup" / "blobs" / input.digest.replace(":", "/")).exists() for input in manifest.inputs)
+
+
+@both
+async def test_a_backup_that_is_cut_off_leaves_the_one_before_it_whole(url: str, empty_url: str, tmp_path: Path) -> None:
+    async with open_federation(url, tmp_path / "data") as federation:
+        run, (device, *_), (job, *_) = await federation.training(PLAN)
+        said(url, tmp_path / "data", "backup", tmp_path / "backup")
+        await device.complete(job)
+
+        def cut(told: str) -> None:
+            if told.startswith("blob 2 of 4"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            backup.back_up(url, federation.parts.blobs, tmp_path / "backup", cut)
+
+    assert said(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup").endswith("all sound")
+    async with open_federation(empty_url, tmp_path / "elsewhere") as restored:
+        view = await Operator(restored.http, federation.admin.secret).round(run, 1)
+        assert [found.slice for found in view.jobs] == [None, None, None]
 
 
 @pytest.mark.parametrize("kind", ["sqlite"])
