@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from coordinator import retention, sweeping, verification
+from coordinator.executors import open_executor
 from protocol import errors, slices
 from protocol.messages import Job
 from protocol.plan import Plan
@@ -172,6 +175,27 @@ async def test_a_slow_client_holds_nobody_up_and_counts_when_it_comes(federation
     assert {name: job.staleness for name, job in view.items()} == {"device 3": 6, "device 1": 0}
     assert view["device 3"].weight == pytest.approx(7**-0.5 / (7**-0.5 + 1))
     assert (await federation.admin.job(run, held)).state is JobState.accepted
+
+
+async def test_housekeeping_keeps_what_a_slow_client_needs_and_its_round_can_be_made_again(federation: Federation) -> None:
+    *quick, slow = await federation.enrol_many(3)
+    run = await federation.open(buffered(target=3))
+    held = await slow.take()
+    for _ in range(3):
+        await work(federation, *[(device, await device.take()) for device in quick])
+    parts = federation.parts
+    with parts.database.write() as session:
+        assert retention.forget(session, 1, federation.clock.now) == 2  # all but the first, on which slow works, and the newest
+    assert list(sweeping.sweep(parts.database, parts.blobs, datetime.max.replace(tzinfo=UTC)))
+
+    await work(federation, (slow, held), (quick[0], await quick[0].take()))
+
+    assert {job.staleness for job in merged(await federation.admin.round(run, 4)).values()} == {0, 3}
+    with parts.database.read() as session:
+        records = verification.records(session, verification.find(session, run), 4, parts.blobs.url)
+    with open_executor("threads://1") as executor:
+        (found,) = verification.Verifier(parts.database, parts.blobs, executor, lambda _: None).verify(records)
+    assert (found.verdict, found.detail) == (verification.Verdict.agrees, "adapter and 2 slices, from 2 contributions")
 
 
 async def test_as_many_clients_are_at_work_as_the_plan_says_and_each_has_one_job(federation: Federation) -> None:
