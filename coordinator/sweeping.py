@@ -79,7 +79,7 @@ def _needed() -> list[tuple[InstrumentedAttribute[Any], Select[Any]]]:
         (Job.slice, select(Job.slice).join(Round, merged).where(needed)),
         (Job.base, select(Job.base).join(Round, merged).where(needed)),
         (Part.digest, select(Part.digest)),
-        # Rejected slices lie in a store of their own; what is suspicious was accepted and lies here.
+        # Rejected slices lie in a store of their own; what is suspicious was sound and lies here.
         (Quarantined.digest, select(Quarantined.digest).join(Job, Quarantined.job_id == Job.id).where(Job.slice == Quarantined.digest)),
     ]
 
@@ -104,10 +104,22 @@ def condemn(session: Session, digests: Collection[str], now: datetime) -> list[s
 
 
 def finish(database: Database, blobs: Blobs) -> list[str]:
-    """Delete what is condemned, also what an earlier sweep left; gives what was deleted here. Raises Unavailable."""
+    """Delete what is condemned, also what an earlier sweep left; gives what was deleted here.
+
+    Raises Unavailable where the store let go of all but some; they stay condemned, and nothing more is before they are gone.
+    """
     with database.read() as session:
         doomed = session.scalars(select(Condemned.digest).order_by(Condemned.digest)).all()
-    return [digest for digest in doomed if delete_condemned(database, blobs, digest)]
+    deleted: list[str] = []
+    failure: errors.Unavailable | None = None
+    for digest in doomed:
+        try:
+            deleted += [digest] * delete_condemned(database, blobs, digest)
+        except errors.Unavailable as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    return deleted
 
 
 def delete_condemned(database: Database, blobs: Blobs, digest: str) -> bool:
