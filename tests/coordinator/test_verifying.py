@@ -131,6 +131,26 @@ async def test_a_round_from_before_there_were_manifests_is_verified_from_its_row
     assert said.exit_code == 0
 
 
+async def test_contributions_to_a_buffer_are_merged_again_with_the_weights_that_their_age_gave_them(desk: Desk) -> None:
+    changes = {"rounds": 4, "norm": None, "cohort": {"target": 3, "quorum": 1}, "buffer": {"size": 2, "exponent": 0.5}}
+    run = await desk.federation.open(make_plan(**PLAN.model_dump(mode="json") | changes))
+    slow, *quick = desk.federation.devices
+    late = await slow.take()
+    for _ in range(2):
+        for device in quick:
+            await device.complete(await device.take())
+        desk.federation.tick()
+    await slow.complete(late)
+    await desk.federation.play([run])
+
+    said = desk.verify(run)
+
+    manifest = (await desk.federation.admin.round(run, 3)).manifest
+    assert manifest is not None
+    assert [input.staleness for input in manifest.inputs if input.job == late.id] == [2]
+    assert [line.split(":")[0] for line in said.stdout.splitlines()] == [f"round {n} agrees" for n in range(5)]
+
+
 async def test_a_round_that_neither_manifest_nor_rows_describe_is_not_held_to_agree(desk: Desk, played: tuple[str, list[Manifest]]) -> None:
     run, _ = played
     desk.amend(run, 2, manifest=None)
