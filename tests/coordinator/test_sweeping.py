@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 from coordinator import jobs, sweeping, tables
 from coordinator.__main__ import app
+from coordinator.initial import first_adapter
 from protocol import errors
 from protocol.messages import BlobRef, Job
-from protocol.states import RunState
+from protocol.states import RoundState, RunState
 from tests.coordinator.test_races import second
 from tests.federation import Device, Federation, done, make_plan, open_federation, repr_digest
 
@@ -312,6 +313,24 @@ async def test_a_sweep_that_died_is_finished_by_the_next(federation: Federation,
     await device.put_slice(job, data)
     assert sweep(federation) == set()
     assert federation.parts.blobs.read(digest) == data
+
+
+async def test_a_round_whose_outcome_is_being_swept_is_published_after_that(federation: Federation) -> None:
+    """As after a crash before publishing, and a long outage: the merge is repeated while its orphans are on their way out."""
+    await federation.enrol_many(3)
+    plan = make_plan()
+    orphan = first_adapter(plan, federation.parts.blobs).adapter.digest
+    condemn(federation, orphan)
+    run = (await federation.admin.create(plan)).id
+
+    with pytest.raises(errors.Unavailable):
+        federation.tick()
+    federation.parts.housekeeping.run_once()
+    federation.tick()
+
+    view = await federation.admin.round(run, 0)
+    assert (view.state, view.adapter and view.adapter.digest) == (RoundState.published, orphan)
+    assert orphan in here(federation)
 
 
 # --- files, and the command ----------------------------------------------------------------------------------------------
