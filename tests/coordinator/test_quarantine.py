@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from coordinator import quarantine, tables
+from coordinator import quarantine
 from protocol import errors
 from protocol.messages import BlobRef, Job
 from protocol.slices import digest
 from protocol.states import ClientState, JobState
 from protocol.views import Page, QuarantineView
 from tests.coordinator.test_races import kinds
+from tests.coordinator.test_sweeping import sweep
 from tests.federation import Device, Federation, Operator, make_plan, open_federation, refusal, repr_digest
 
 MONTH = 31 * 86_400
@@ -169,18 +170,29 @@ async def test_what_was_set_apart_is_given_up_after_its_time_and_orphans_with_it
     assert list(store.digests()) == []
 
 
-async def test_a_sound_contribution_that_is_suspicious_is_read_from_where_it_lies(federation: Federation) -> None:
-    """It was accepted, so its bytes are among the other blobs, and stay as long as it is set apart."""
-    run, (device, *_), (job, *_) = await federation.training(make_plan())
-    data = await device.trained(job)
-    blob = BlobRef.model_validate((await device.put_slice(job, data)).model_dump())
-    with federation.parts.database.write() as session:
-        row = session.get_one(tables.Job, job.id)
-        quarantine.keep(session, row, "suspicious-change", "its change is 12 times the median", blob, federation.clock.now)
+async def test_a_sound_contribution_that_is_suspicious_stays_where_it_lies_for_as_long_as_it_is_set_apart(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    async with open_federation(sqlite_url, tmp_path, keep_rounds=1, blobs_url="memory://suspicious") as federation:
+        run, devices, held = await federation.training(make_plan(suspicious=3.0))
+        far = await devices[0].trained(held[0], size=10.0)
+        receipt = await devices[0].put_slice(held[0], far)
+        await devices[0].put_result(held[0], devices[0].result(held[0], receipt.digest))
+        for device, job in zip(devices[1:], held[1:], strict=True):
+            await device.complete(job)
+        await federation.play([run])
+        (view,) = await listed(federation.viewer)
+        assert (view.problem, view.client) == ("suspicious-change", devices[0].id)
+        assert view.slice == BlobRef(digest=digest(far), bytes=len(far))
 
-    (view,) = await listed(federation.viewer, run=run)
-    assert (view.problem, view.slice) == ("suspicious-change", blob)
-    assert (await federation.admin.call("GET", f"/v1/quarantine/{view.id}/slice")).content == data
+        federation.parts.housekeeping.run_once()
+        swept = sweep(federation)
+
+        assert len(swept) > 0
+        assert digest(far) not in swept
+        assert (await federation.admin.call("GET", f"/v1/quarantine/{view.id}/slice")).content == far
+        await federation.admin.call("DELETE", f"/v1/quarantine/{view.id}")
+        assert sweep(federation) == {digest(far)}
 
 
 async def test_a_client_that_was_paused_for_its_slices_gets_work_again_when_it_is_reinstated(federation: Federation) -> None:
