@@ -44,6 +44,9 @@ class Verdict(StrEnum):
     unknown = "cannot be checked"
 
 
+GIVEN_UP = (Verdict.unknown, "its contributions were given up by the retention policy; its adapter is there and sound")
+
+
 @dataclass(frozen=True)
 class Finding:
     """One round, verified."""
@@ -141,7 +144,7 @@ class Verifier:
         if lost and not (self._forgotten(record) and lost.isdisjoint(record.adapters())):
             return Verdict.differs, f"the store has lost {', '.join(sorted(lost))}"
         if not lost.isdisjoint(record.contributions()):
-            return Verdict.unknown, "its contributions were given up by the retention policy; its adapter is there and sound"
+            return GIVEN_UP
         if record.task is None:
             return Verdict.unknown, "it has no manifest, and its rows do not say what was merged"
         return self._compare(record, record.task)
@@ -164,7 +167,13 @@ class Verifier:
         self._tell(f"round {record.number}: merging it again")
         try:
             made = self._make(task)
+        except errors.Unavailable:  # of the disk, the store or the cluster; nothing follows for the round
+            raise
+        except errors.InvalidPlan as error:
+            return Verdict.unknown, f"this program cannot merge it: {error}"
         except errors.HLoRAError as error:
+            if isinstance(error, errors.NotFound) and self._forgotten(record):  # since its blobs were looked at
+                return GIVEN_UP
             return Verdict.differs, f"it cannot be merged again: {error}{self._versions(record)}"
         names = {"adapter": made.adapter.digest} | {f"slice of rank {rank}": blob.digest for rank, blob in made.slices.items()}
         if wrong := [what for what in record.names | names if names.get(what) != record.names.get(what)]:

@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import select, update
 from typer.testing import CliRunner, Result
 
-from coordinator import retention
+from coordinator import retention, verification
 from coordinator.__main__ import app
-from coordinator.tables import Job, Round
+from coordinator.tables import Job, Round, Run
 from protocol.states import JobState
 from protocol.views import Manifest
 from tests.federation import Federation, make_plan, make_profile, open_federation
@@ -242,6 +242,36 @@ async def test_what_the_retention_policy_gave_up_cannot_be_checked_and_is_no_dif
     assert said.exit_code == 0
     desk.blob(manifests[1].adapter.digest).unlink()
     assert desk.verify(run).exit_code == 1  # adapters are kept for good
+
+
+async def test_what_is_given_up_while_it_is_verified_is_no_difference(desk: Desk, played: tuple[str, list[Manifest]]) -> None:
+    run, manifests = played
+    parts = desk.federation.parts
+
+    def meanwhile(told: str) -> None:
+        if told == "round 1: merging it again":
+            desk.amend(run, 1, forgotten=True)
+            parts.blobs.delete(manifests[1].inputs[0].digest)
+
+    with parts.database.read() as session:
+        found = verification.records(session, verification.find(session, run), 1, parts.blobs.url)
+    (finding,) = verification.Verifier(parts.database, parts.blobs, parts.executor, meanwhile).verify(found)
+
+    assert finding.line().startswith("round 1 cannot be checked: its contributions were given up")
+
+
+async def test_a_strategy_that_is_not_installed_any_more_is_no_difference(desk: Desk, played: tuple[str, list[Manifest]]) -> None:
+    run, _ = played
+    with desk.federation.parts.database.write() as session:
+        row = session.get_one(Run, run)
+        row.plan = row.plan | {"strategy": {"name": "gone", "options": {}}}
+
+    said = desk.verify(run)
+
+    lines = said.stdout.splitlines()
+    assert lines[0].startswith("round 0 agrees")
+    assert all(line.startswith(f"round {n} cannot be checked: this program cannot merge it: ") for n, line in enumerate(lines[1:], 1))
+    assert "gone" in lines[1]
 
 
 def _lasting(manifest: Manifest) -> set[str]:
