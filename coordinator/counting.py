@@ -51,7 +51,9 @@ def waiting(session: Session, run: Run, round: Round) -> list[Waiting]:
     """
     query = select(Job, Client, Round.number).join(Client, Job.client_id == Client.id).join(Round, Job.round_id == Round.id)
     ordered = query.where(_may_be_merged(run, round)).order_by(Job.ended_at, Round.number, Client.name)
-    return [Waiting(job, client, round.number - number) for job, client, number in session.execute(ordered)]
+    # As they are now: some came in while this transaction waited for them.
+    found = session.execute(ordered.execution_options(populate_existing=True))
+    return [Waiting(job, client, round.number - number) for job, client, number in found]
 
 
 def number_waiting(session: Session, run: Run, round: Round) -> int:

@@ -103,6 +103,8 @@ def expire(session: Session, run: Run, now: datetime) -> None:
                 and_(Job.state == JobState.queued, Job.created_at <= silent),
             )
         )
+        .order_by(Job.client_id)
+        .with_for_update(of=Job, key_share=True)  # a lease that is renewed at this moment has not ended
     )
     for job, round, client in rows:
         ended = _overdue(job, plan, client, now)

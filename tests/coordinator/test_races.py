@@ -16,10 +16,11 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from coordinator import clients, jobs, rounds, runs, tables
+from coordinator import clients, jobs, publishing, rounds, runs, tables
+from coordinator.merge import RoundTask, merge_round
 from protocol import errors
-from protocol.messages import Job
-from protocol.states import ClientState, JobState, RoundState, RunState
+from protocol.messages import Job, Progress
+from protocol.states import ClientState, JobKind, JobState, RoundState, RunState
 from protocol.views import ClientChange
 from tests.federation import Clock, Federation, make_plan, open_federation
 
@@ -179,6 +180,48 @@ async def test_a_run_that_finishes_at_this_moment_is_not_paused(federation: Fede
     await second(federation, lambda session: runs.advance(session, run, federation.clock.now, 20), pause())
 
     assert (await federation.admin.run(run)).state is RunState.finished
+
+
+async def test_a_lease_that_is_renewed_at_this_moment_has_not_ended(federation: Federation) -> None:
+    run, (device, *_), (job, *_) = await federation.training(make_plan())
+    federation.clock.advance(60)
+    progress = Progress(epoch=job.lease.epoch, phase="train", step=1)
+
+    await second(
+        federation,
+        lambda session: jobs.renew(session, device.id, job.id, progress, federation.clock.now),
+        asyncio.to_thread(federation.tick),
+    )
+
+    assert (await federation.admin.job(run, job)).state is JobState.leased
+    assert kinds(federation, "job-expired") == 2
+
+
+async def test_a_run_stopped_while_its_round_is_published_has_nothing_left_to_measure(federation: Federation) -> None:
+    devices = await federation.enrol_many(3)
+    run = await federation.open(make_plan(rounds=1))
+    for device in devices:
+        await device.complete(await device.take(JobKind.evaluate))
+        await device.complete(await device.take())
+    parts, now = federation.parts, federation.clock.now
+    with parts.database.write() as session:
+        runs.advance(session, run, now, 20)
+        claim = publishing.claim(session, publishing.due(session, now)[0], now)
+        assert claim is not None
+        task = publishing.task(session, claim, parts.blobs.url)
+    assert isinstance(task, RoundTask)
+    merged = merge_round(task, parts.executor, parts.blobs)
+
+    await second(
+        federation,
+        lambda session: publishing.publish(session, parts.blobs, claim, task, merged, 0.1, now, 20),
+        federation.admin.change_run(run, "stop"),
+    )
+
+    view = await federation.admin.round(run, 1)
+    assert view.state is RoundState.published
+    measuring = [job.state for job in view.jobs if job.kind is JobKind.evaluate]
+    assert measuring == [JobState.cancelled] * 3
 
 
 @pytest.fixture
