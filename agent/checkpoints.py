@@ -27,7 +27,8 @@ from protocol.messages import Job, Usage
 
 log = structlog.get_logger("agent")
 FILE = "checkpoint"
-UNREADABLE = (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
+# What torch makes of a file that is no checkpoint, found by damaging some thousands.
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError)
 PASSING = {"lease", "remaining_seconds", "rank_reason", "run_name"}  # of a job: another when it is handed out again
 
 

@@ -18,6 +18,7 @@ from protocol import errors
 from protocol.messages import GiveBack, Progress, Verdict
 
 log = structlog.get_logger("agent")
+Waited = asyncio.Task[Any]
 RENEWALS = 3  # per lease, so that two may be lost
 GRACE_SECONDS = 5.0  # that a stopping agent gives to finished work on its way
 
@@ -52,20 +53,25 @@ class Holder:
         """
         work = asyncio.create_task(working)
         renewing, stop = asyncio.create_task(self._renew(held)), asyncio.create_task(self.stopping.wait())
+        try:
+            await self._until_over(held, work, renewing, stop)
+            if not work.done():
+                held.ended = held.ended or self._reason(renewing)
+                work.cancel()
+            error = self._error(held, work)
+            return Step.done if error is None else await self._leave(held, error), error
+        finally:
+            for task in (work, renewing, stop):
+                task.cancel()
+            await asyncio.gather(work, renewing, stop, return_exceptions=True)  # the worker thread ends at its next step
+
+    async def _until_over(self, held: Held, work: Waited, renewing: Waited, stop: Waited) -> None:
+        """Wait until the work is done, or is to be left."""
         await asyncio.wait({work, renewing, stop}, return_when=asyncio.FIRST_COMPLETED)
         if held.answering:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
         if stop.done() and held.finished and held.ended is None:
             await asyncio.wait({work}, timeout=GRACE_SECONDS)
-        if not work.done():
-            held.ended = held.ended or self._reason(renewing)
-            work.cancel()
-        error = self._error(held, work)
-        step = Step.done if error is None else await self._leave(held, error)
-        for task in (renewing, stop):
-            task.cancel()
-        await asyncio.gather(work, renewing, stop, return_exceptions=True)  # the worker thread ends at its next step
-        return step, error
 
     def _error(self, held: Held, work: asyncio.Task[None]) -> errors.HLoRAError | None:
         """Why the work is not done, if it is not."""
