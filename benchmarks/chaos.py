@@ -75,9 +75,9 @@ class Chaos(BaseModel):
 async def measure(kind: str, url: str, folder: Path, *, kills: int, agents: int, rounds: int, seed: int) -> Chaos:
     """One chaos over a database of that kind. Raises Unavailable if a run does not end."""
     wanted, machines = plan(agents, rounds), homes(folder / "agents", agents)
-    expected = await undisturbed(wanted, folder / "agents", folder / "undisturbed")
-    schema.migrate(url)
-    with Zygote(folder) as zygote:
+    with Zygote(folder) as zygote:  # imports everything meanwhile
+        expected = await undisturbed(wanted, folder / "agents", folder / "undisturbed")
+        schema.migrate(url)
         (folder / "site").mkdir()
         coordinators = [coordinator(number, folder / "site", url) for number in range(COORDINATORS[kind])]
         havoc = Havoc(zygote, coordinators, [agent(home) for home in machines], _token(url), random.Random(f"{seed}/havoc"))

@@ -171,5 +171,5 @@ def agent(home: Home) -> Victim:
 
 def link_to(coordinators: Sequence[Victim], seed: int) -> Link:
     """The way of the agents to the coordinators: most connections fail sooner or later."""
-    fate = Fate(random.Random(f"{seed}/fate"), share=0.7, longest=1 << 22)
+    fate = Fate(random.Random(f"{seed}/fate"), share=0.9, longest=1 << 20)
     return Link([("127.0.0.1", victim.order.port) for victim in coordinators], fate, random.Random(f"{seed}/link"))

@@ -63,7 +63,7 @@ class Acknowledgement(Strict):
     at: float  # of time.time()
 
 
-def become(order: Order) -> None:
+def become(order: Order) -> None:  # pragma: no cover: in processes that are killed
     """Be that process, until the end."""
     torch.set_num_threads(1)
     if order.kind == "coordinator":
@@ -72,7 +72,7 @@ def become(order: Order) -> None:
         asyncio.run(_work(order))
 
 
-def _coordinate(order: Order) -> None:
+def _coordinate(order: Order) -> None:  # pragma: no cover: in processes that are killed
     # Housekeeping without rest and without grace: a sweep goes on beside everything that is put and named.
     settings = coordinator_settings.Settings(
         data=order.home,
@@ -92,7 +92,7 @@ def _coordinate(order: Order) -> None:
     server.serve(coordinator_app.create_app(parts), settings, before_exit=parts.bell.close)
 
 
-async def _work(order: Order) -> None:
+async def _work(order: Order) -> None:  # pragma: no cover: in processes that are killed
     agent_app.configure(agent_settings.Settings(home=order.home, log="json"))
     who, allowed = identity.load(order.home), policy.load(order.home)
     async with Noted(who.url, SecretStr(who.credential), retry=IMPATIENT) as client:

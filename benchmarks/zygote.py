@@ -76,7 +76,7 @@ class Zygote:
         return answer
 
 
-def _fork(order: Order, fresh: bool) -> int:
+def _fork(order: Order, fresh: bool) -> int:  # pragma: no cover: in the process that forks
     child = os.fork()
     if child:
         return child
@@ -97,16 +97,16 @@ def _fork(order: Order, fresh: bool) -> int:
         os._exit(code)  # never on as if it were its parent
 
 
-def _kill(child: int) -> int:
+def _kill(child: int) -> int:  # pragma: no cover: in the process that forks
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _ended(children: set[int]) -> set[int]:
+def _ended(children: set[int]) -> set[int]:  # pragma: no cover: in the process that forks
     return {child for child in children if os.waitpid(child, os.WNOHANG)[0]}
 
 
-def main() -> None:
+def main() -> None:  # pragma: no cover: in the process that forks
     """Take orders until nobody gives any more."""
     gc.freeze()
     children: set[int] = set()
