@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 TEXTS = [*PAGES, ROOT / "compose.yaml", ROOT / "Dockerfile", ROOT / "Makefile"]
 SECTIONS = ["**Question.**", "**Decision.**", "**Why.**", "**What follows.**"]
-TEST_VARIABLES = {"HLORA_TEST_POSTGRES"}
+TEST_VARIABLES = {"HLORA_TEST_POSTGRES", "HLORA_TEST_INTERLEAVINGS"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
