@@ -127,14 +127,21 @@ class Upload:
 
     expected: Expected
     largest: int  # bytes
+    largest_head: int  # bytes before the first number
     bound: float | None  # of the change's norm; beyond it the slice is rejected
+
+
+def training(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
+    """The job, if the client holds it at that epoch and it takes a slice. Raises NotFound, StaleLease, JobOver, Conflict."""
+    job = _held(session, client_id, job_id, epoch)
+    if job.kind != JobKind.train:
+        raise errors.Conflict("an evaluation job takes no slice")
+    return job
 
 
 def upload(session: Session, client_id: str, job_id: str, epoch: int) -> Upload:
     """What the job's slice must be, known before its first byte comes. Raises NotFound, StaleLease, JobOver, Conflict."""
-    job = _held(session, client_id, job_id, epoch)
-    if job.kind != JobKind.train:
-        raise errors.Conflict("an evaluation job takes no slice")
+    job = training(session, client_id, job_id, epoch)
     round, run = _context(session, job)
     plan = plan_of(run)
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
@@ -142,7 +149,9 @@ def upload(session: Session, client_id: str, job_id: str, epoch: int) -> Upload:
         layout=plan.layout, rank=job.rank, scale=plan.adapter.scale(job.rank), dtype=plan.wire, base=job.base, round=round.number
     )
     bound = plan.norm.bound if plan.norm is not None and plan.norm.action == "reject" else None
-    return Upload(expected=expected, largest=largest_length(plan.layout, job.rank, plan.wire), bound=bound)
+    largest = largest_length(plan.layout, job.rank, plan.wire)
+    largest_head = largest - plan.wire.size * plan.layout.numbers(job.rank)
+    return Upload(expected=expected, largest=largest, largest_head=largest_head, bound=bound)
 
 
 def uploaded(session: Session, blobs: Blobs, client_id: str, job_id: str, epoch: int, blob: messages.BlobRef, norm: float) -> None:
@@ -178,7 +187,7 @@ def answer(session: Session, client_id: str, job_id: str, result: Result, now: d
     """
     job = _mine(session, client_id, job_id)
     stored = result.model_dump(mode="json")
-    if job.state in (JobState.submitted, JobState.accepted) and job.epoch == result.epoch:
+    if job.result is not None and job.epoch == result.epoch:  # whatever became of it since: it was taken
         if job.result != stored:
             raise errors.DifferentResult("this job was answered already, with another result; the first one stands")
         return messages.ResultReceipt(job=job.id, state=JobState(job.state)), False

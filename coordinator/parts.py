@@ -59,11 +59,10 @@ class Standing:
 
 def standing(session: Session, sender: Sender) -> Standing:
     """How far the slice of a held job is. Raises NotFound, StaleLease, JobOver; Conflict for a job that takes no slice."""
-    jobs.upload(session, sender.client, sender.job, sender.epoch)
+    job = jobs.training(session, sender.client, sender.job, sender.epoch)
     upload = session.get(Upload, sender.job)
     if upload is not None:
         return Standing(upload.offset, Whole(upload.digest, upload.length))
-    job = session.get_one(Job, sender.job)
     if job.slice is not None and job.slice_bytes is not None:
         return Standing(job.slice_bytes, Whole(job.slice, job.slice_bytes))
     return Standing(0, None)
@@ -93,8 +92,7 @@ def add(session: Session, blobs: Blobs, sender: Sender, whole: Whole, start: int
     Raises OffsetMismatch, NotFound, StaleLease, JobOver; Unavailable, to put the blob again.
     """
     sweeping.hold(session, blobs, part.digest)
-    # Two first parts at once would both make the upload's row.
-    session.get(Job, sender.job, with_for_update={"key_share": True})
+    _alone(session, sender)  # two first parts at once would both make the upload's row
     if start == 0:
         _begin(session, sender, whole, now)
     here = (Upload.job_id == sender.job, Upload.digest == whole.digest, Upload.length == whole.length, Upload.offset == start)
@@ -120,11 +118,18 @@ def _begin(session: Session, sender: Sender, whole: Whole, now: datetime) -> Non
         session.flush()
 
 
-def stored(session: Session, sender: Sender, whole: Whole, offset: int) -> list[str]:
-    """The blobs that hold the slice up to the offset, in order. Raises as `expect` does."""
-    if offset == 0 or expect(session, sender, whole, offset).complete:
-        return []
-    return list(session.scalars(select(Part.digest).where(Part.job_id == sender.job).order_by(Part.start)))
+def stored(session: Session, sender: Sender, whole: Whole, offset: int) -> list[str] | None:
+    """The blobs that hold a slice up to the offset, in order; None where the whole is stored by now. Raises as `expect` does."""
+    _alone(session, sender)  # between the two looks nobody else ends the upload
+    if expect(session, sender, whole, offset).complete:
+        return None
+    query = select(Part.digest).where(Part.job_id == sender.job, Part.start < offset).order_by(Part.start)
+    return list(session.scalars(query))
+
+
+def _alone(session: Session, sender: Sender) -> None:
+    """Until the transaction ends, nobody else changes the job or its upload."""
+    session.get(Job, sender.job, with_for_update={"key_share": True})
 
 
 def drop(session: Session, job: str) -> None:

@@ -72,7 +72,9 @@ def open_file(path: Path, largest_header: int = LARGEST_HEADER) -> Iterator[Slic
     """
     with path.open("rb") as file:
         length = path.stat().st_size
-        header = read_header(file.read(min(length, largest_header)), length)
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), largest_header - 8))
+        header = read_header(start, length)
         yield SliceReader(header, partial(_read, file))
 
 

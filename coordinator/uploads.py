@@ -164,7 +164,7 @@ def check_digest(spooled: Spooled, announced: str | None) -> None:
 
 def check(spooled: Spooled, wanted: Upload, blobs: Blobs) -> float:
     """‖change‖_F of a slice that may count. Raises the kind of InvalidSlice that says why it may not."""
-    with open_file(spooled.path, wanted.largest) as trained:
+    with open_file(spooled.path, wanted.largest_head) as trained:
         checks.check_header(trained.header, wanted.expected)
         for module in wanted.expected.layout.modules:
             factors = trained.factors(module)

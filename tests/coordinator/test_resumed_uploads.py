@@ -191,7 +191,7 @@ async def test_two_ends_at_once_are_answered_the_same(federation: Federation) ->
 
     receipts = [answer for answer in found if not isinstance(answer, errors.OffsetMismatch)]
     assert receipts
-    assert all(receipt == SliceReceipt(digest=slices.digest(data), bytes=len(data)) for receipt in receipts)
+    assert receipts == [SliceReceipt(digest=slices.digest(data), bytes=len(data))] * len(receipts)
 
 
 async def test_another_coordinator_goes_on_with_an_upload(database_url: str, tmp_path: Path) -> None:
