@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coordinator.counting import suspects
 from protocol import errors
-from protocol.messages import Job, Profile, Usage
+from protocol.messages import Job, Profile, Result, Usage
 from protocol.states import JobState, RoundState, RunState
 from protocol.views import Page, QuarantineView
 from tests.federation import Device, Federation, make_plan, make_profile
@@ -162,16 +162,16 @@ async def test_who_comes_late_is_told_when_and_why_the_round_closed_and_what_to_
 # --- far from the others --------------------------------------------------------------------------------------------------
 
 
-async def send(device: Device, job: Job, size: float) -> None:
-    """A contribution that was moved so far."""
-    receipt = await device.put_slice(job, await device.trained(job, size=size))
-    await device.put_result(job, device.result(job, receipt.digest))
+async def send(device: Device, job: Job, size: float) -> Result:
+    """A contribution that was moved so far; gives the result that was told."""
+    result = device.result(job, (await device.put_slice(job, await device.trained(job, size=size))).digest)
+    await device.put_result(job, result)
+    return result
 
 
 async def test_a_change_far_larger_than_the_others_is_set_apart_and_the_rest_is_the_round(federation: Federation) -> None:
     run, devices, jobs = await federation.training(make_plan(suspicious=3.0, rounds=1))
-    for device, job, size in zip(devices, jobs, (0.1, 5.0, 0.1), strict=True):
-        await send(device, job, size)
+    told = [await send(device, job, size) for device, job, size in zip(devices, jobs, (0.1, 5.0, 0.1), strict=True)]
 
     federation.tick()
 
@@ -190,6 +190,8 @@ async def test_a_change_far_larger_than_the_others_is_set_apart_and_the_rest_is_
         found["device 2"].slice,
     )
     assert (await federation.admin.client(devices[1])).rejections == 0
+    again = await devices[1].put_result(jobs[1], told[1])
+    assert again.state is JobState.rejected  # a result that was taken is answered like the first time, whatever became of it
 
 
 async def test_nothing_is_set_apart_where_the_rest_would_be_no_quorum(federation: Federation) -> None:
