@@ -167,11 +167,9 @@ class Verifier:
         self._tell(f"round {record.number}: merging it again")
         try:
             made = self._make(task)
-        except errors.Unavailable:  # of the disk, the store or the cluster; nothing follows for the round
-            raise
         except errors.InvalidPlan as error:
             return Verdict.unknown, f"this program cannot merge it: {error}"
-        except errors.HLoRAError as error:
+        except (errors.NotFound, errors.InvalidSlice, errors.UnmergeableRound) as error:
             if isinstance(error, errors.NotFound) and self._forgotten(record):  # since its blobs were looked at
                 return GIVEN_UP
             return Verdict.differs, f"it cannot be merged again: {error}{self._versions(record)}"

@@ -129,6 +129,9 @@ async def test_a_round_from_before_there_were_manifests_is_verified_from_its_row
 
     assert [line.split(":")[0] for line in said.stdout.splitlines()] == [f"round {n} agrees" for n in range(4)]
     assert said.exit_code == 0
+    with desk.federation.parts.database.write() as session:
+        session.execute(update(Job).where(Job.rank == 2).values(weight=5.0))
+    assert desk.verify(run, "--round", "1").stdout.endswith("; nothing says with which software it was made\n")
 
 
 async def test_contributions_to_a_buffer_are_merged_again_with_the_weights_that_their_age_gave_them(desk: Desk) -> None:
