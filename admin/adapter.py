@@ -16,7 +16,8 @@ from admin.command import AsJson, answer, connect, group
 from admin.naming import Run, run_id
 from protocol import errors
 from protocol.messages import BlobRef
-from protocol.plan import Plan, SequenceClassification, Strict
+from protocol.plan import Plan, SequenceClassification
+from protocol.strict import Strict
 
 app = group("Fetch what a run has made.")
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 from admin.client import Client
 from protocol import errors
-from protocol.plan import Strict
 from protocol.states import JobState, RoundState
+from protocol.strict import Strict
 from protocol.views import JobView, RoundSummary, RoundView, RunDetail, RunView
 
 LIVE = (JobState.queued, JobState.leased)

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from protocol import errors
 from protocol.messages import Dataset
-from protocol.plan import Strict
+from protocol.strict import Strict
 
 FILE = "datasets.toml"
 Row = Mapping[str, object]

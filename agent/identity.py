@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from protocol import errors
-from protocol.plan import Strict
+from protocol.strict import Strict
 
 FILE = "credential.json"
 

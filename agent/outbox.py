@@ -20,8 +20,8 @@ from agent import durable
 from agent.training import Outcome
 from protocol import slices
 from protocol.messages import BlobRef, Job, Result, Usage
-from protocol.plan import Strict
 from protocol.slices import Slice
+from protocol.strict import Strict
 
 log = structlog.get_logger("agent")
 ENTRY, SLICE = "entry.json", "slice.safetensors"

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from protocol import errors
 from protocol.messages import Bytes, Job, Limits
-from protocol.plan import Share, Strict
+from protocol.strict import Share, Strict
 
 FILE = "policy.toml"
 HOURS = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)$")

@@ -28,9 +28,9 @@ from coordinator import app as coordinator_app
 from coordinator import schema, server
 from coordinator import settings as coordinator_settings
 from protocol.messages import Job, Metric, Result, ResultReceipt, Usage
-from protocol.plan import Strict
 from protocol.slices import Factors, Label, Slice
 from protocol.states import JobKind
+from protocol.strict import Strict
 from simulation.device import Device, Machine
 
 ACKNOWLEDGED = "acknowledged.jsonl"  # in an agent's home

@@ -21,7 +21,8 @@ from coordinator.jobs import plan_of
 from coordinator.manifests import Origin
 from coordinator.merge import Input, RoundTask
 from coordinator.tables import Client, Job, PublishedSlice, Round, Run
-from protocol.plan import NormBound, Plan
+from protocol.course import NormBound
+from protocol.plan import Plan
 from protocol.states import JobState, RoundState, RunState
 
 CLAIM = timedelta(seconds=6)  # prolonged while the merge goes on; so long nobody takes over from a coordinator that died

@@ -22,7 +22,8 @@ from sqlalchemy.orm import Session
 from coordinator import cohort, counting, events, handout
 from coordinator.jobs import plan_of
 from coordinator.tables import Client, Job, Round, Run
-from protocol.plan import Buffer, Plan
+from protocol.course import Buffer
+from protocol.plan import Plan
 from protocol.states import JobKind, JobState, RoundState, RunState
 
 

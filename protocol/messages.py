@@ -10,8 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.plan import Adapter, Digest, Dtype, Layout, Model, Name, Strict, Task, Training
+from protocol.plan import Adapter, Dtype, Layout, Model, Task, Training
 from protocol.states import ClientState, JobKind, JobState
+from protocol.strict import Digest, Name, Strict
 
 Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=0, le=10**12)]

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from protocol import errors
-from protocol.plan import LARGEST_RANK, Digest, Dtype, Layout, Strict
+from protocol.plan import LARGEST_RANK, Dtype, Layout
+from protocol.strict import Digest, Strict
 
 LABEL_KEY = "hlora"
 HEADER_SLACK = 4096  # bytes by which an honest header may differ from ours: other labels, other padding

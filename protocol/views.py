@@ -16,8 +16,9 @@ from protocol.messages import (
     Progress,
     Usage,
 )
-from protocol.plan import Digest, Name, Plan, Strict
+from protocol.plan import Plan
 from protocol.states import ClientState, JobKind, JobState, Role, RoundState, RunState
+from protocol.strict import Digest, Name, Strict
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from agent.policy import Policy
 from agent.training import Outcome, Tell, Train
 from protocol import VERSION, errors
 from protocol.messages import Job, Labels, Profile, Usage
-from protocol.plan import Strict
 from protocol.slices import Slice
+from protocol.strict import Strict
 
 FILE = "machine.toml"
 

@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 from coordinator.contributions import Contribution, Given, ModuleRound, Weights, by_share, changes
 from coordinator.sums import Sum, Term
 from protocol import errors
-from protocol.plan import Choice, Strict
+from protocol.plan import Choice
+from protocol.strict import Strict
 from protocol.views import Description
 
 __all__ = ["GROUP", "Changes", "Contribution", "Given", "ModuleRound", "Strategy", "check", "describe", "load", "names"]

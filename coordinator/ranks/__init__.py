@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from protocol import errors
 from protocol.messages import Profile, Usage
-from protocol.plan import CausalLM, Layout, Plan, Ranks, Strict
+from protocol.plan import CausalLM, Layout, Plan, Ranks
 from protocol.slices import HEADER_SLACK
+from protocol.strict import Strict
 from protocol.views import Description, RankView
 
 ENTRY_POINTS = "hlora.ranks"

@@ -37,7 +37,8 @@ from statistics import median_low
 from pydantic import Field
 
 from coordinator.ranks import Candidate, Policy, Population, examples, layout, link_seconds, owner_words, speeds
-from protocol.plan import CausalLM, Dtype, Plan, Share
+from protocol.plan import CausalLM, Dtype, Plan
+from protocol.strict import Share
 from protocol.views import RankView
 
 PROCESS_BYTES = 400_000_000

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.orm import Session
 from fastapi.responses import StreamingResponse
+from sqlalchemy.orm import Session
 
 from coordinator import jobs, parts, uploads
 from coordinator.context import Context
@@ -21,7 +21,7 @@ from coordinator.uploads import Spooled
 from protocol import crash, errors
 from protocol.crash import Point
 from protocol.messages import SliceReceipt
-from protocol.plan import Digest
+from protocol.strict import Digest
 
 router = APIRouter(prefix="/v1", tags=["agents"])
 HELD = (*COMMON, errors.NotFound, errors.StaleLease, errors.JobOver, errors.Conflict)

@@ -20,7 +20,8 @@ from coordinator.adapters import Facts
 from coordinator.lowrank import cut
 from modelling.layout import resolve
 from protocol import errors
-from protocol.plan import Adapter, CausalLM, Cohort, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Split, Training
+from protocol.course import Cohort
+from protocol.plan import Adapter, CausalLM, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Split, Training
 from protocol.slices import Factors, Label, Slice, pack
 from tests.tiny import tiny_decoder, tiny_encoder
 

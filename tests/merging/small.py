@@ -12,8 +12,9 @@ from torch import Tensor
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.merge import Input, RoundTask
+from protocol.course import Cohort
 from protocol.messages import BlobRef
-from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Cohort, Dtype, Layout, Model, Plan, Ranks, Scaling, Split, Training
+from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Scaling, Split, Training
 from protocol.slices import Factors, Label, Slice, pack, unpack
 
 LAYOUT = Layout(

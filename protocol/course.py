@@ -1,0 +1,70 @@
+"""The course of a run's rounds, as a plan has it: who makes them, how long they last, what they measure and merge."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from protocol.strict import Seconds, Strict
+
+
+class Cohort(Strict):
+    """How many clients make a round."""
+
+    target: int = Field(ge=1, le=1_000_000, description="contributions that close the round at once")
+    quorum: int = Field(ge=1, le=1_000_000, description="contributions that suffice at the deadline")
+    over_selection: float = Field(default=1.0, ge=1, le=10, description="clients drawn = target × this, rounded up")
+    attempts: int = Field(default=3, ge=1, le=100, description="how often a round is tried before the run pauses")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.quorum > self.target:
+            raise ValueError(f"the quorum of {self.quorum} is more than the target of {self.target}")
+        return self
+
+
+class Times(Strict):
+    """The four times, in seconds; there are no others."""
+
+    lease: Seconds = Field(default=60.0, description="a job whose lease is not renewed for so long is given to another")
+    no_progress: Seconds = Field(default=600.0, description="a job that reports the same phase and step for so long is given to another")
+    job: Seconds = Field(default=3600.0, description="a client's whole work on one job")
+    round: Seconds = Field(default=7200.0, description="a round is closed or abandoned after this")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.job > self.round:
+            raise ValueError(f"a job of {self.job:g} s does not fit a round of {self.round:g} s")
+        if self.lease > self.job:
+            raise ValueError(f"a lease of {self.lease:g} s is longer than a job of {self.job:g} s")
+        return self
+
+
+class Evaluation(Strict):
+    """Whether and how clients measure published adapters on their own held-out rows."""
+
+    every: int = Field(
+        default=1, ge=0, description="rounds between evaluations; 0 for none; the first and the last are always measured otherwise"
+    )
+    rank: int | None = Field(default=None, ge=1, description="a rank of the ladder; by default each client's own")
+
+
+class NormBound(Strict):
+    """A limit on ‖s b a − s₀ b₀ a₀‖_F over all modules of one contribution."""
+
+    bound: float = Field(gt=0)
+    action: Literal["clip", "reject"] = "clip"
+
+
+class Buffer(Strict):
+    """Buffered asynchronous rounds: every `size` contributions are merged, whichever version each of them started from.
+
+    A contribution that started s versions ago counts with its share times (1 + s)^-exponent (FedBuff, Nguyen et al. 2022).
+    """
+
+    size: int = Field(ge=1, le=1_000_000, description="contributions that make the next version")
+    exponent: float = Field(
+        default=0.5, ge=0, le=10, description="how fast a contribution loses weight with its staleness; 0 for not at all"
+    )
+    largest_staleness: int = Field(default=20, ge=0, le=100_000, description="a contribution that started longer ago is rejected")
