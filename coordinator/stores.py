@@ -161,8 +161,6 @@ def _linked(file: Path, path: Path) -> bool:
     os.utime(file)  # written long ago or not, as a blob it is young
     try:
         path.hardlink_to(file)
-    except FileExistsError:
-        return True  # somebody put the same bytes at this moment
     except OSError:
         return False
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -46,6 +47,32 @@ def test_a_file_is_put_under_the_digest_of_its_bytes(blobs: Blobs, tmp_path: Pat
     assert blobs.put_file(path, ref.digest) == ref == blobs.put(data)
     assert blobs.read(ref.digest) == data
     assert path.exists()
+
+
+def test_a_file_on_the_same_disk_becomes_the_blob_without_being_copied(tmp_path: Path) -> None:
+    blobs, path = Blobs.open((tmp_path / "blobs").as_uri()), tmp_path / "spooled"
+    path.write_bytes(b"once")
+
+    ref = blobs.put_file(path)
+
+    assert (tmp_path / "blobs" / ref.digest.replace(":", "/")).samefile(path)
+    path.unlink()
+    assert blobs.read(ref.digest) == b"once"
+
+
+def test_a_file_on_another_disk_is_copied(tmp_path: Path) -> None:
+    places = [place for place in (Path("/dev/shm"), Path("/var/tmp"), Path.home()) if place.is_dir()]
+    other = next((place for place in places if place.stat().st_dev != tmp_path.stat().st_dev and os.access(place, os.W_OK)), None)
+    if other is None:
+        pytest.skip(f"none of {places} is on another disk than {tmp_path}")
+    blobs = Blobs.open(tmp_path.as_uri())
+    with tempfile.NamedTemporaryFile(dir=other) as file:
+        file.write(b"twice")
+        file.flush()
+        ref = blobs.put_file(Path(file.name))
+
+    assert blobs.read(ref.digest) == b"twice"
+    assert list((tmp_path / "staging").iterdir()) == []
 
 
 def test_large_blobs_come_in_several_chunks(tmp_path: Path) -> None:
