@@ -28,13 +28,13 @@ from protocol.plan import Plan
 from protocol.states import RunState
 from protocol.views import RunDetail
 
-PACE = (0.1, 1.2)  # seconds from one blow to the next
+PACE = (0.1, 1.6)  # seconds from one blow to the next
 AWAY = (0.0, 0.6)  # seconds until a killed process is started again
 ASLEEP = (0.2, 5.0)  # seconds that a stopped process stays so: shorter and longer than a lease
 STOPPED = 0.15  # share of the blows that stop a process instead of killing it
 FRESH = 0.03  # share of the starts that import everything anew
 LOOK_SECONDS = 0.3
-PATIENCE = 300.0  # seconds for one run, whatever happens to it
+PATIENCE = 300.0  # seconds without an answer, or without another round
 
 
 @dataclass
@@ -77,7 +77,8 @@ class Havoc:
         async with asyncio.TaskGroup() as coming_back:
             while self.kills < kills:
                 await asyncio.sleep(self.chance.uniform(*PACE))
-                standing = [victim for victim in self._all() if not victim.struck]
+                kind = self.chance.choice([self.coordinators, self.agents])
+                standing = [victim for victim in kind if not victim.struck]
                 if standing:
                     coming_back.create_task(self._strike(self.chance.choice(standing)))
 
@@ -132,10 +133,12 @@ class Havoc:
         made = await self.ask("POST", "/v1/runs", json=plan.model_dump(mode="json"), headers={"Idempotency-Key": key})
         run = RunDetail.model_validate_json(made.content)
         self.runs.append(run.id)
-        until = time.monotonic() + PATIENCE
+        round, until = run.round, time.monotonic() + PATIENCE
         while run.state is not RunState.finished:
+            if run.round != round:
+                round, until = run.round, time.monotonic() + PATIENCE
             if time.monotonic() > until or run.state is not RunState.running:
-                raise errors.Unavailable(f"a run is {run.state} in round {run.round} of {run.rounds}: {run.reason}")
+                raise errors.Unavailable(f"a run is {run.state} after round {round} of {run.rounds}: {run.reason or 'no reason is given'}")
             await asyncio.sleep(LOOK_SECONDS)
             self.look_after()
             run = RunDetail.model_validate_json((await self.ask("GET", f"/v1/runs/{run.id}")).content)
