@@ -195,7 +195,7 @@ async def measure(service: Service, agents: int, seconds: float, megabytes: floa
     meter, resident = Meter(service), service.resident_bytes()
     chance = random.Random(0)
     held = [asyncio.ensure_future(device.hold(chance.uniform(0, WAIT))) for device in devices]
-    await asyncio.sleep(2 * WAIT + 5)
+    await asyncio.sleep(WAIT + 10)
     polls = sum(device.polls for device in devices)
     with meter.running():
         await asyncio.sleep(seconds)

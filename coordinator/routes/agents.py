@@ -106,8 +106,9 @@ def _check_version(version: str | None) -> None:
 @router.post("/jobs/{job}/lease", responses=documented(*COMMON, *HELD))
 def renew(job: Id, body: Progress, caller: Device, parts: Parts) -> Renewal:
     """Prolong the lease and say how far the work is; the answer says whether to go on."""
-    with parts.database.write(Point.lease_renewed) as session:
-        return jobs.renew(session, caller.id, job, body, parts.database.clock(session))
+    return parts.database.together(
+        lambda session: jobs.renew(session, caller.id, job, body, parts.database.clock(session)), Point.lease_renewed
+    )
 
 
 @router.delete("/jobs/{job}/lease", status_code=204, responses=documented(*COMMON, *HELD))
@@ -128,8 +129,7 @@ def give_back(job: Id, body: GiveBack, caller: Device, parts: Parts) -> None:
 )
 def put_result(job: Id, body: Result, caller: Device, parts: Parts, response: Response) -> ResultReceipt:
     """Say how the job ended. Repeating the same result is answered like the first time."""
-    with parts.database.write() as session:
-        receipt, new = jobs.answer(session, caller.id, job, body, parts.database.clock(session))
+    receipt, new = parts.database.together(lambda session: jobs.answer(session, caller.id, job, body, parts.database.clock(session)))
     parts.bell.ring_conductor()
     response.status_code = 201 if new else 200
     return receipt
