@@ -7,7 +7,6 @@ Persistent     a transport that repeats every request until it is answered, as a
 from __future__ import annotations
 
 import asyncio
-import itertools
 import multiprocessing
 import os
 import re
@@ -91,19 +90,18 @@ class Service:
 
 
 class Persistent(httpx.AsyncBaseTransport):
-    """Sends each request to the next of some services, and repeats it until one has answered in full.
+    """Sends each request to the service that `choose` names, and repeats it until one has answered in full.
 
     `lost` is called with a service that did not.
     """
 
-    def __init__(self, services: Sequence[Service], lost: Callable[[Service], object]) -> None:
-        self._turns = itertools.cycle(services)
-        self._lost = lost
+    def __init__(self, choose: Callable[[], Service], lost: Callable[[Service], object]) -> None:
+        self._choose, self._lost = choose, lost
         self._inner = httpx.AsyncHTTPTransport()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         while True:
-            service = next(self._turns)
+            service = self._choose()
             request.url = request.url.copy_with(port=service.port)
             try:
                 response = await self._inner.handle_async_request(request)

@@ -3,168 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
-from sqlalchemy import make_url, select
 
-from coordinator.database import Database
-from coordinator.tables import Event
 from protocol import crash, errors
 from protocol.crash import Point
-from protocol.messages import Job, SliceReceipt
-from protocol.states import JobKind, RunState
-from protocol.views import JobView
 from tests.coordinator.services import Persistent, Service
-from tests.federation import Device, Operator, enrol, make_plan, make_profile, open_federation
+from tests.coordinator.whole_run import Outcome, Prepared, carried_out, prepare
 from tests.postgres import Server
 
 POINTS = [point for point in Point if not point.startswith("agent-")]
-PLAN = make_plan(rounds=2, evaluation={"every": 2})
 AT_A_TIME = 4  # a round whose merging was cut off waits some seconds for the claim to end; other federations use them
-NAMES = ("one", "two", "three")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A database in which an operator and three clients are known, to be copied."""
-
-    url: str
-    operator: str  # secrets
-    clients: tuple[str, ...]
-
-    @contextmanager
-    def copy(self, folder: Path, postgres: Server | None) -> Iterator[str]:
-        """The URL of a copy, and a folder for what lies beside it."""
-        folder.mkdir()
-        if postgres is None:
-            yield f"sqlite:///{shutil.copy(self.url.removeprefix('sqlite:///'), folder / 'copy.sqlite')}"
-        else:
-            with postgres.database(str(make_url(self.url).database)) as url:
-                yield url
-
-
-async def prepare(url: str, folder: Path) -> Prepared:
-    async with open_federation(url, folder) as federation:
-        clients = [await enrol(federation.admin, name, make_profile()) for name in NAMES]
-    return Prepared(url, str(federation.admin.secret), tuple(str(client.secret) for client in clients))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All that is told of a run: what each round published and from whom, and how often each thing happened."""
-
-    published: list[object]
-    happened: dict[str, int]
-    rejections: list[int]
-    deaths: int
-
-
-async def carried_out(prepared: Prepared, folder: Path, postgres: Server | None, crash_at: str | None) -> Outcome:
-    """A run from its creation to its end, with a coordinator that dies at that point, and again without."""
+async def survived(prepared: Prepared, folder: Path, postgres: Server | None, point: Point | None) -> tuple[Outcome, int]:
+    """What comes of a run whose coordinator dies at that point and is started again, and how often it died."""
     with prepared.copy(folder, postgres) as url:
         settings = {"DATA": str(folder / "data"), "DATABASE_URL": url, "EXECUTOR": "threads://1", "TICK_SECONDS": "0.2"}
         service = Service("coordinator", folder, settings)
-        await asyncio.to_thread(service.start, **({} if crash_at is None else {"crash_at": crash_at}))
+        await asyncio.to_thread(service.start, **({} if point is None else {"crash_at": point}))
         try:
-            async with httpx.AsyncClient(transport=Persistent([service], Service.revive), base_url="http://127.0.0.1", timeout=60) as http:
-                admin = Operator(http, prepared.operator)
-                devices = [Device(http, secret, name=name) for secret, name in zip(prepared.clients, NAMES, strict=True)]
-                run = await until_finished(admin, devices)
-                published = [await admin.round(run, number) for number in range(PLAN.rounds + 1)]
-                views = [(view.adapter, view.slices, view.contributions, _weights(view.jobs)) for view in published]
-                rejections = [client["rejections"] for client in (await admin.call("GET", "/v1/clients")).json()["items"]]
+            return await carried_out(prepared, url, Persistent(lambda: service, Service.revive)), service.deaths
         finally:
             await asyncio.to_thread(service.end)
-        return Outcome(list(views), happened(url), rejections, service.deaths)
-
-
-def _weights(jobs: list[JobView]) -> list[tuple[str, float]]:
-    return sorted((job.client_name, job.weight) for job in jobs if job.weight is not None)
-
-
-def happened(url: str) -> dict[str, int]:
-    """How often each kind of event was recorded."""
-    database = Database(url)
-    with database.read() as session:
-        kinds = Counter(session.scalars(select(Event.kind)))
-    database.close()
-    return dict(kinds)
-
-
-async def until_finished(admin: Operator, devices: list[Device]) -> str:
-    """Every kind of write happens: a run is made, paused and resumed; slices come whole, in parts, and unusable; one job is given back."""
-    for device in devices:
-        await device.next_job()
-    run = (await admin.create(PLAN, key="once")).id
-    working = [asyncio.create_task(work(device)) for device in devices]
-    await admin.change_run(run, "pause")
-    await admin.change_run(run, "resume")
-    while (await admin.run(run)).state is RunState.running:
-        await asyncio.sleep(0.1)
-        for task in working:
-            if task.done():
-                task.result()
-    for task in working:
-        task.cancel()
-    await asyncio.gather(*working, return_exceptions=True)
-    return run
-
-
-async def work(device: Device) -> None:
-    """Do whatever comes, for ever."""
-    while True:
-        job = await device.next_job(wait=2)
-        if job is None:
-            continue
-        if job.kind is JobKind.train:
-            await train(device, job)
-        elif (device.name, job.round) == ("three", 0):
-            await device.give_back(job)
-        else:
-            await device.complete(job)
-
-
-async def train(device: Device, job: Job) -> None:
-    await device.renew(job, step=1)
-    if (device.name, job.round) == ("three", 1):
-        with pytest.raises((errors.MalformedSlice, errors.JobOver)):  # over, when its rejection was not heard of
-            await device.put_slice(job, b"nonsense")
-        return
-    data = await device.trained(job)
-    receipt = await in_parts(device, job, data) if device.name == "two" else await device.put_slice(job, data)
-    await device.put_result(job, device.result(job, receipt.digest))
-
-
-async def in_parts(device: Device, job: Job, data: bytes) -> SliceReceipt:
-    """Send a slice in two parts, going on from where the coordinator says that it is."""
-    standing: int | SliceReceipt = 0
-    while isinstance(standing, int):
-        stop = len(data) // 2 if standing < len(data) // 2 else len(data)
-        try:
-            standing = await device.patch(job, data, standing, stop)
-        except errors.OffsetMismatch as mismatch:
-            standing = int(str(mismatch.facts["offset"]))
-    return standing
-
-
-async def all_outcomes(prepared: Prepared, folder: Path, postgres: Server | None) -> dict[str, Outcome]:
-    """The outcome for each point, and for none."""
-    turn = asyncio.Semaphore(AT_A_TIME)
-
-    async def one(point: str) -> Outcome:
-        async with turn:
-            return await carried_out(prepared, folder / point, postgres, None if point == "undisturbed" else point)
-
-    async with asyncio.TaskGroup() as group:
-        tasks = {point: group.create_task(one(point)) for point in ("undisturbed", *POINTS)}
-    return {point: task.result() for point, task in tasks.items()}
 
 
 @pytest.mark.slow
@@ -173,15 +35,21 @@ async def test_whichever_write_is_the_last_before_a_crash_the_run_ends_as_if_not
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     prepared = await prepare(request.getfixturevalue(f"{kind}_url"), tmp_path / "prepared")
+    postgres = request.getfixturevalue("postgres") if kind == "postgres" else None
+    turn = asyncio.Semaphore(AT_A_TIME)
 
-    outcomes = await all_outcomes(prepared, tmp_path, request.getfixturevalue("postgres") if kind == "postgres" else None)
+    async def one(point: Point | None) -> tuple[Outcome, int]:
+        async with turn:
+            return await survived(prepared, tmp_path / str(point), postgres, point)
 
-    undisturbed = outcomes.pop("undisturbed")
-    assert {point: outcome.deaths for point, outcome in outcomes.items()} == dict.fromkeys(POINTS, 1), "these points are never reached"
-    for point, outcome in outcomes.items():
-        assert (point, outcome.published) == (point, undisturbed.published)
-        assert (point, outcome.happened) == (point, undisturbed.happened)
-        assert (point, outcome.rejections) == (point, undisturbed.rejections)
+    async with asyncio.TaskGroup() as group:
+        tasks = {point: group.create_task(one(point)) for point in (None, *POINTS)}
+
+    undisturbed, _ = tasks.pop(None).result()
+    deaths = {point: task.result()[1] for point, task in tasks.items()}
+    assert deaths == dict.fromkeys(POINTS, 1), "a point with 0 is never reached"
+    for point, task in tasks.items():
+        assert (point, task.result()[0]) == (point, undisturbed)
 
 
 def test_a_point_that_does_not_exist_is_refused() -> None:
