@@ -101,12 +101,12 @@ async def _fill(spool: _Spool, stream: AsyncIterator[bytes], largest: int, annou
                 await run_in_threadpool(spool.write, batch)
                 batch, size = [], 0
     except TimeoutError:
-        fault = errors.StalledBody(f"no byte came for {stall:g} seconds, after {came}; send what is missing")
+        fault = errors.StalledBody(f"no byte came for {stall:g} seconds, after {came}; send the rest, or all of it again")
     except ClientDisconnect:
-        fault = errors.TruncatedBody(f"the connection ended after {came} bytes; send what is missing")
+        fault = errors.TruncatedBody(f"the connection ended after {came} bytes; send the rest, or all of it again")
     await run_in_threadpool(spool.write, batch)
     if fault is None and announced is not None and came != announced:
-        fault = errors.TruncatedBody(f"{came} bytes came, {announced} were announced; send what is missing")
+        fault = errors.TruncatedBody(f"{came} bytes came, {announced} were announced; send the rest, or all of it again")
     return fault
 
 

@@ -47,9 +47,9 @@ PLAN = make_plan(
 
 
 @pytest.fixture
-def service(_migrated_sqlite: Path, tmp_path: Path) -> Iterator[Service]:
+def service(sqlite_url: str, tmp_path: Path) -> Iterator[Service]:
     """A coordinator that runs."""
-    names = {"DATA": str(tmp_path / "data"), "DATABASE_URL": f"sqlite:///{_migrated_sqlite}", "EXECUTOR": "threads://1"}
+    names = {"DATA": str(tmp_path / "data"), "DATABASE_URL": sqlite_url, "EXECUTOR": "threads://1"}
     service = Service(tmp_path, {f"HLORA_COORDINATOR_{name}": value for name, value in names.items()})
     service.start()
     yield service
