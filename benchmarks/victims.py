@@ -25,7 +25,7 @@ from agent.connection import Retry
 from agent.loop import Loop
 from agent.training import Outcome, Standing, Tell
 from coordinator import app as coordinator_app
-from coordinator import schema, server
+from coordinator import database, schema, server
 from coordinator import settings as coordinator_settings
 from protocol.messages import Job, Metric, Result, ResultReceipt, Usage
 from protocol.slices import Factors, Label, Slice
@@ -87,9 +87,10 @@ def _coordinate(order: Order) -> None:  # pragma: no cover: in processes that ar
         keep_rounds=2,
         log_json=True,
     )
-    schema.migrate(settings.database)
-    parts = coordinator_app.build(settings)
-    server.serve(coordinator_app.create_app(parts), settings, before_exit=parts.bell.close)
+    with database.claimed(settings.database):
+        schema.migrate(settings.database)
+        parts = coordinator_app.build(settings)
+        server.serve(coordinator_app.create_app(parts), settings, before_exit=parts.bell.close)
 
 
 async def _work(order: Order) -> None:  # pragma: no cover: in processes that are killed
