@@ -25,7 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, Select, and_, delete, func, or_, select, union
+from sqlalchemy import CursorResult, Select, String, and_, any_, delete, func, literal, or_, select, union
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from coordinator.blobs import Blobs, StoredBlob
@@ -35,7 +36,8 @@ from protocol import errors
 from protocol.states import JobState, RoundState
 
 NAMING = 7260915  # PostgreSQL's advisory lock: shared by all who name blobs, exclusive for whoever condemns some
-BATCH = 500  # blobs looked at together; none of them can be named from being condemned until all of them are deleted
+LOOK = 4000  # blobs looked at together; a database that is asked for few at a time reads its tables often
+BATCH = 500  # blobs condemned together; none of them can be named before all of them are deleted
 
 
 def hold(session: Session, blobs: Blobs, *digests: str) -> None:
@@ -55,6 +57,9 @@ def hold(session: Session, blobs: Blobs, *digests: str) -> None:
 
 def named(session: Session, digests: Collection[str]) -> set[str]:
     """Which of these blobs some row needs."""
+    if session.get_bind().dialect.name == "postgresql":  # thousands of parameters take it long; one array does not
+        wanted = any_(literal(list(digests), ARRAY(String)))
+        return set(session.scalars(union(*(query.where(column == wanted) for column, query in _needed()))))
     return set(session.scalars(union(*(query.where(column.in_(digests)) for column, query in _needed()))))
 
 
@@ -87,7 +92,7 @@ def _needed() -> list[tuple[InstrumentedAttribute[Any], Select[Any]]]:
 def orphans(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[StoredBlob]]:
     """The blobs that were last put before a time and that no row names, a few at a time; an empty list for a few without any."""
     old = (blob for blob in blobs.digests() if blob.modified < before)
-    while batch := list(islice(old, BATCH)):
+    while batch := list(islice(old, LOOK)):
         with database.read() as session:
             needed = named(session, [blob.digest for blob in batch])
         yield [blob for blob in batch if blob.digest not in needed]
@@ -136,11 +141,11 @@ def sweep(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[S
     """Delete the orphans that were last put before a time; gives them, a few at a time. Raises Unavailable."""
     finish(database, blobs)
     for batch in orphans(database, blobs, before):
-        found = {blob.digest: blob for blob in batch}
-        if found:
+        for start in range(0, len(batch), BATCH):
+            found = {blob.digest: blob for blob in batch[start : start + BATCH]}
             with database.write() as session:
                 condemn(session, found, database.clock(session))
-        yield [found[digest] for digest in finish(database, blobs) if digest in found] if found else []
+            yield [found[digest] for digest in finish(database, blobs) if digest in found]
 
 
 def leftovers(blobs: Blobs, spool: Path, before: datetime) -> Iterator[Path]:
