@@ -109,9 +109,14 @@ def _set_apart(session: Session, run: Run, round: Round, found: Waiting, reason:
     job = found.job
     assert job.slice is not None, "a submitted job has a slice"
     assert job.slice_bytes is not None, "a slice has a length"
-    job.state, job.reason = JobState.rejected, reason
-    events.record(session, now, "job-rejected", run=run.id, round=round.number, client=found.client.name, reason=reason)
+    leave_out(session, run, round, found, JobState.rejected, reason, now)
     quarantine.keep(session, job, SUSPICIOUS, reason, BlobRef(digest=job.slice, bytes=job.slice_bytes), now)
+
+
+def leave_out(session: Session, run: Run, round: Round, found: Waiting, state: JobState, reason: str, now: datetime) -> None:
+    """End a contribution that no round will merge."""
+    found.job.state, found.job.reason = state, reason
+    events.record(session, now, f"job-{state}", run=run.id, round=round.number, client=found.client.name, reason=reason)
 
 
 def _weights(plan: Plan, kept: Sequence[Waiting]) -> list[float]:

@@ -144,7 +144,8 @@ def _retire(session: Session, run: Run, round: Round, buffer: Buffer, closed: st
     handout.end(session, Job.round_id.in_(old), Job.kind == JobKind.train, state=JobState.cancelled, reason=reason, now=now)
     for found in counting.waiting(session, run, round):
         if last or found.staleness >= buffer.largest_staleness:
-            found.job.state, found.job.reason = JobState.cancelled if last else JobState.rejected, reason
+            state = JobState.cancelled if last else JobState.rejected
+            counting.leave_out(session, run, round, found, state, reason, now)
 
 
 def abandon(session: Session, run: Run, round: Round, reason: str, now: datetime) -> None:
