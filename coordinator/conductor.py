@@ -125,9 +125,9 @@ class Conductor:
                 self._merge(claim)
         return bool(waiting)
 
-    def _give_back(self, claim: Claim) -> None:
+    def _give_back(self, claim: Claim, reason: str | None = None) -> None:
         with self._database.write() as session:
-            publishing.give_back(session, claim, self._database.clock(session))
+            publishing.give_back(session, claim, self._database.clock(session), reason)
 
     def _merge(self, claim: Claim) -> None:
         began = time.monotonic()
@@ -141,8 +141,8 @@ class Conductor:
                 woken = publishing.publish(session, self._blobs, claim, task, merged, time.monotonic() - began, now, self._pace)
         except OperationalError:
             raise
-        except Unavailable:
-            self._give_back(claim)  # the round is not to blame; it is merged when there is room, or the store answers
+        except Unavailable as error:
+            self._give_back(claim, error.detail)  # the round is not to blame; it is merged when there is room, or the store answers
             raise
         except Exception as error:
             log.exception("merge-failed", round=claim.round_id)

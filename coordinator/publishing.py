@@ -26,7 +26,7 @@ from protocol.plan import Plan
 from protocol.states import JobState, RoundState, RunState
 
 CLAIM = timedelta(seconds=6)  # prolonged while the merge goes on; so long nobody takes over from a coordinator that died
-CLAIMS = 3  # a round whose merging failed so often fails its run
+FAILURES = 3  # a round whose merging failed so often fails its run; dying at it is no failure
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,12 @@ def prolong(session: Session, claim: Claim, now: datetime) -> bool:
     return _update(session, claim, merge_until=now + CLAIM)
 
 
-def give_back(session: Session, claim: Claim, now: datetime) -> None:
-    """Let go of a round whose merging has not begun."""
-    _update(session, claim, merge_until=now)
+def give_back(session: Session, claim: Claim, now: datetime, reason: str | None = None) -> None:
+    """Let go of a round that cannot be merged now; operators are told the reason, if there is one."""
+    if _update(session, claim, merge_until=now) and reason is not None:
+        round = session.get_one(Round, claim.round_id)
+        waits = f"round {round.number} waits to be merged: {reason}"
+        session.execute(update(Run).where(Run.id == round.run_id, Run.state == RunState.running).values(reason=waits))
 
 
 def _update(session: Session, claim: Claim, **values: object) -> bool:
@@ -159,5 +162,6 @@ def fail(session: Session, claim: Claim, reason: str, now: datetime) -> None:
     """Free the claim after a failed merge, so that the round is tried again; when that happened too often, the run fails."""
     round = session.get_one(Round, claim.round_id)
     run = session.get_one(Run, round.run_id, with_for_update={"key_share": True})
-    if _update(session, claim, merge_until=now) and claim.epoch >= CLAIMS:
+    failures = round.merge_failures + 1
+    if _update(session, claim, merge_until=now, merge_failures=failures) and failures >= FAILURES:
         rounds.fail(session, run, f"round {round.number} could not be merged: {reason}", now)

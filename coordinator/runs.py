@@ -103,7 +103,9 @@ def resume(session: Session, id: str, now: datetime) -> Run:
     run = _in(session, id, (RunState.running, RunState.paused, RunState.failed), "resume")
     if run.state != RunState.running:
         run.state, run.reason, run.ended_at = RunState.running, None, None
-        session.execute(update(Round).where(Round.run_id == id, Round.state == RoundState.merging).values(merge_epoch=0, merge_until=None))
+        session.execute(
+            update(Round).where(Round.run_id == id, Round.state == RoundState.merging).values(merge_failures=0, merge_until=None)
+        )
         events.record(session, now, "run-resumed", run=run.id)
     return run
 

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    text,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -151,6 +152,7 @@ class Round(Base):
     closes_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
     merge_epoch: Mapped[int] = mapped_column(default=0)
+    merge_failures: Mapped[int] = mapped_column(default=0, server_default=text("0"))
     merge_until: Mapped[datetime | None]
     merge_seconds: Mapped[float | None]
     adapter: Mapped[str | None] = mapped_column(String(71), index=True)

@@ -21,6 +21,7 @@ def upgrade() -> None:
         batch_op.create_foreign_key(batch_op.f("fk_jobs_counted_in"), "rounds", ["counted_in"], ["id"])
     op.execute("update jobs set counted_in = round_id where weight is not null")
 
+    op.add_column("rounds", sa.Column("merge_failures", sa.BigInteger(), server_default=sa.text("0"), nullable=False))
     op.add_column("rounds", sa.Column("manifest", sa.JSON(), nullable=True))
     op.add_column("rounds", sa.Column("forgotten", sa.Boolean(), server_default=sa.false(), nullable=False))
     op.create_index(op.f("ix_rounds_adapter"), "rounds", ["adapter"], unique=False)
@@ -93,6 +94,7 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_rounds_adapter"), "rounds")
     op.drop_column("rounds", "forgotten")
     op.drop_column("rounds", "manifest")
+    op.drop_column("rounds", "merge_failures")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("fk_jobs_counted_in"), type_="foreignkey")
         batch_op.drop_index(batch_op.f("ix_jobs_counted_in"))

@@ -151,13 +151,13 @@ async def test_a_run_stopped_while_its_merge_fails_for_the_last_time_stays_stopp
 
     def stop() -> None:
         tries.append(1)
-        if len(tries) == publishing.CLAIMS:
+        if len(tries) == publishing.FAILURES:
             with federation.parts.database.write() as session:
                 runs.stop(session, run, federation.clock.now)
         raise RuntimeError("a worker died")
 
     breaking = conductor(federation, stop)
-    for _ in range(publishing.CLAIMS + 1):
+    for _ in range(publishing.FAILURES + 1):
         breaking.tick()
 
     view = await federation.admin.run(run)

@@ -156,7 +156,9 @@ async def test_a_round_waits_for_room_and_is_merged(disk: Disk, admin: Operator)
     await device.put_result(job, result)
     await until(lambda: "conductor-waits" in disk.log.read_text(), "nothing was merged, and nobody said why")
     assert "No space left" in disk.log.read_text()
-    assert (await admin.run(job.run)).state is RunState.running
+    run = await admin.run(job.run)
+    assert run.state is RunState.running
+    assert "round 1 waits to be merged" in (run.reason or "")
 
     disk.free()
     while (await admin.run(job.run)).state is RunState.running:
