@@ -49,7 +49,9 @@ async def test_whichever_write_is_the_last_before_a_crash_the_run_ends_as_if_not
     deaths = {point: task.result()[1] for point, task in tasks.items()}
     assert deaths == dict.fromkeys(POINTS, 1), "a point with 0 is never reached"
     for point, task in tasks.items():
-        assert (point, task.result()[0]) == (point, undisturbed)
+        outcome, _ = task.result()
+        assert (point, outcome.happened, outcome.rejections) == (point, undisturbed.happened, undisturbed.rejections)
+        assert (point, outcome.published) == (point, undisturbed.published)
 
 
 def test_a_point_that_does_not_exist_is_refused() -> None:

