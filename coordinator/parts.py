@@ -100,9 +100,8 @@ def add(session: Session, blobs: Blobs, sender: Sender, whole: Whole, start: int
     move = update(Upload).where(*here, held).values(offset=start + part.bytes, touched_at=now)
     moved = cast(CursorResult[Any], session.execute(move.execution_options(synchronize_session=False)))
     session.expire_all()
-    if moved.rowcount == 0:
-        expect(session, sender, whole, start)
-        raise errors.StaleLease("the job changed hands at this moment")
+    if moved.rowcount == 0:  # unless that is refused, somebody else was quicker, and the slice is whole
+        return expect(session, sender, whole, start).offset
     if (session.scalar(select(func.count()).where(Part.job_id == sender.job)) or 0) >= MOST:
         drop(session, sender.job)
         return 0

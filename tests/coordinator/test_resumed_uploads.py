@@ -169,6 +169,25 @@ async def test_a_part_that_is_still_coming_when_the_job_changes_hands_is_not_not
     assert (await device.head(job, epoch=2))["Upload-Offset"] == "1000"
 
 
+@pytest.mark.parametrize("lacking", [0, 1])
+async def test_a_part_that_is_still_coming_when_the_slice_is_whole_is_answered_so(federation: Federation, lacking: int) -> None:
+    _, (device, *_), (job, *_) = await federation.training(make_plan())
+    data = await device.trained(job)
+    await device.patch(job, data, 0, 1000)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield data[1000:1500]
+        await device.patch(job, data, 1000, len(data))
+        yield data[1500 : len(data) - lacking]
+
+    headers = {"Lease-Epoch": "1", "Upload-Offset": "1000", "Upload-Length": str(len(data)), "Repr-Digest": repr_digest(data)}
+    response = await device.call("PATCH", f"/v1/jobs/{job.id}/slice", content=slowly(), headers=headers)
+
+    assert response.status_code == (204 if lacking else 200)
+    assert response.headers["Upload-Offset"] == str(len(data))
+    assert rows(federation) == (0, 0)
+
+
 async def test_of_several_parts_at_once_one_counts(federation: Federation) -> None:
     _, (device, *_), (job, *_) = await federation.training(make_plan())
     data, offset = await device.trained(job), 0
