@@ -18,7 +18,7 @@ from agent.connection import PATIENT, Retry
 from agent.identity import Identity
 from agent.policy import Policy
 from agent.settings import Settings
-from protocol import errors
+from protocol import crash, errors
 from protocol.messages import Dataset, Enrol, Profile
 
 log = structlog.get_logger("agent")
@@ -39,6 +39,8 @@ def configure(settings: Settings) -> None:
     )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if settings.crash_at is not None:
+        crash.arm(settings.crash_at)
 
 
 def connect(settings: Settings, url: str, credential: SecretStr | None = None, retry: Retry = PATIENT) -> Client:

@@ -22,7 +22,8 @@ from agent import durable
 from agent.encoding import Example
 from agent.learning import Course, Setting
 from agent.machine import LIBRARIES
-from protocol import VERSION, errors
+from protocol import VERSION, crash, errors
+from protocol.crash import Point
 from protocol.messages import Job, Usage
 
 log = structlog.get_logger("agent")
@@ -72,6 +73,7 @@ class Checkpoint:
         try:
             with durable.writing(self.file) as stream:
                 torch.save({"key": self.key, "digest": digest(state), "seconds": seconds, "course": state}, stream)
+            crash.reached(Point.agent_checkpoint_kept)
         except (errors.InsufficientStorage, OSError, RuntimeError) as error:  # torch makes its own error of the stream's
             log.warning("checkpoint-not-kept", error=type(error).__name__, detail=str(error)[:200])
         self.kept_at = self.clock()

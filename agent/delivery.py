@@ -14,7 +14,8 @@ from agent.connection import may_pass
 from agent.held import Held, Link
 from agent.outbox import Entry, Outbox
 from agent.training import Standing
-from protocol import errors
+from protocol import crash, errors
+from protocol.crash import Point
 from protocol.messages import Progress
 
 log = structlog.get_logger("agent")
@@ -48,6 +49,7 @@ class Courier:
                 entry = await self._send_slice(held, entry, again or failures > 0)
                 held.answering = True
                 await self.client.put_result(entry.job.id, entry.result)
+                crash.reached(Point.agent_result_acknowledged)
                 return
             except errors.HLoRAError as error:
                 if not may_pass(error):
@@ -71,6 +73,7 @@ class Courier:
 
         moved(0)
         await self.client.put_slice(job.id, entry.result.epoch, ref, self.outbox.file(entry), moved, again=again)
+        crash.reached(Point.agent_slice_acknowledged)
         seconds = self.clock() - began
         if not again:
             self.link.measured(ref.bytes, seconds)

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from agent import durable
 from agent.training import Outcome
-from protocol import slices
+from protocol import crash, slices
+from protocol.crash import Point
 from protocol.messages import BlobRef, Job, Result, Usage
 from protocol.slices import Slice
 from protocol.strict import Strict
@@ -69,6 +70,7 @@ class Outbox:
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
+        crash.reached(Point.agent_work_kept)
         keep_newest(self.folder)
         return entry
 

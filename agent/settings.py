@@ -28,6 +28,9 @@ class Settings(BaseSettings):
         default=30.0, ge=0, description="how much training may have to be repeated after the agent was killed; 0: all of it"
     )
     log: Literal["console", "json"] = Field(default="console", description="logs as text, or as JSON lines")
+    crash_at: str | None = Field(
+        default=None, description="for tests: die at this point, as by `kill -9`; NAME, or NAME:N for the n-th time"
+    )
 
     @property
     def folder(self) -> Path:

@@ -41,6 +41,11 @@ class Point(StrEnum):
     job_accepted = "job-accepted"
     job_released = "job-released"
     job_rejected = "job-rejected"
+    # the agent's: files, and what the coordinator has said
+    agent_checkpoint_kept = "agent-checkpoint-kept"
+    agent_work_kept = "agent-work-kept"
+    agent_slice_acknowledged = "agent-slice-acknowledged"
+    agent_result_acknowledged = "agent-result-acknowledged"
 
 
 _armed: dict[str, int] = {}  # how often each point is passed until the process dies, that time included
