@@ -90,4 +90,4 @@ def _attempt(session: Session, task: Task[object]) -> None:
     except errors.HLoRAError as refusal:
         task.error = refusal
         del session.info.get("events", [])[recorded:]
-    session.expire_all()
+        session.expire_all()

@@ -53,9 +53,8 @@ def _own(session: Session, client_id: str, job_id: str) -> Job:
 
 def _mine(session: Session, client_id: str, job_id: str) -> Job:
     """The client's own job, until the transaction ends nobody else's: the same request sent twice at once is answered twice."""
-    job = _own(session, client_id, job_id)
-    session.refresh(job, with_for_update={"key_share": True})
-    return job
+    session.get(Job, job_id, with_for_update={"key_share": True}, populate_existing=True)
+    return _own(session, client_id, job_id)
 
 
 def _held(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
@@ -79,9 +78,10 @@ def held(client_id: str, job_id: str, epoch: int) -> ColumnElement[bool]:
 def _advance(session: Session, client_id: str, job_id: str, epoch: int, **values: object) -> None:
     """Change a held job in one statement; whoever lost the lease meanwhile gets the reason. Raises NotFound, StaleLease, JobOver."""
     change = update(Job).where(held(client_id, job_id, epoch)).values(**values)
-    changed = cast(CursorResult[Any], session.execute(change.execution_options(synchronize_session=False)))
-    session.expire_all()
+    # What is known of other rows stays known: reading all of them again would cost more than the change.
+    changed = cast(CursorResult[Any], session.execute(change.execution_options(synchronize_session="evaluate")))
     if changed.rowcount == 0:
+        session.expire_all()
         _held(session, client_id, job_id, epoch)
         raise errors.StaleLease("the job changed hands at this moment")
 
@@ -214,8 +214,8 @@ def _check_result(job: Job, result: Result) -> None:
 
 
 def _context(session: Session, job: Job) -> tuple[Round, Run]:
-    round = session.get_one(Round, job.round_id)
-    return round, session.get_one(Run, round.run_id)
+    round, run = session.execute(select(Round, Run).join(Run, Round.run_id == Run.id).where(Round.id == job.round_id)).one()
+    return round, run
 
 
 def may_read(session: Session, client_id: str, digest: str) -> bool:
