@@ -12,9 +12,13 @@ from protocol.strict import Seconds, Strict
 class Cohort(Strict):
     """How many clients make a round."""
 
-    target: int = Field(ge=1, le=1_000_000, description="contributions that close the round at once")
+    target: int = Field(
+        ge=1, le=1_000_000, description="contributions that close the round at once; with a buffer, clients at work at a time"
+    )
     quorum: int = Field(ge=1, le=1_000_000, description="contributions that suffice at the deadline")
-    over_selection: float = Field(default=1.0, ge=1, le=10, description="clients drawn = target × this, rounded up")
+    over_selection: float = Field(
+        default=1.0, ge=1, le=10, description="clients drawn = target × this, rounded up; has no meaning with a buffer"
+    )
     attempts: int = Field(default=3, ge=1, le=100, description="how often a round is tried before the run pauses")
 
     @model_validator(mode="after")
