@@ -15,7 +15,7 @@ from typing import BinaryIO, Self
 
 from torch import Tensor
 
-from coordinator.blobs import Blobs
+from coordinator.blobs import GROWING, Blobs
 from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
 from protocol import crash, errors
@@ -86,7 +86,7 @@ class Assembly:
         self._energy: dict[str, Energy] = {}
 
     def __enter__(self) -> Self:
-        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="hlora-")))
+        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix=GROWING)))
         layout, plan = layout_of(self._plan), self._plan
         label = Label(rank=plan.global_rank, scale=1.0, round=self._round)
         self._adapter = self._spool(folder / "adapter", head(layout, label, Dtype.float32))

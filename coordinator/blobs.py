@@ -25,6 +25,7 @@ from protocol import errors
 from protocol.messages import BlobRef
 
 CHUNK = 1 << 20  # bytes
+GROWING = "hlora-merge-"  # so begin the names of temporary folders where files grow that become blobs
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _KEY = re.compile(r"sha256/([0-9a-f]{64})")
 

@@ -19,7 +19,11 @@ nobody can name it. How old an orphan must be is no part of this: it only spares
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -29,7 +33,7 @@ from sqlalchemy import CursorResult, Select, String, and_, any_, delete, func, l
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from coordinator.blobs import Blobs, StoredBlob
+from coordinator.blobs import GROWING, Blobs, StoredBlob
 from coordinator.database import Database
 from coordinator.tables import Condemned, Job, Part, PublishedSlice, Quarantined, Round
 from protocol import errors
@@ -90,12 +94,13 @@ def _needed() -> list[tuple[InstrumentedAttribute[Any], Select[Any]]]:
 
 
 def orphans(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[StoredBlob]]:
-    """The blobs that were last put before a time and that no row names, a few at a time; an empty list for a few without any."""
-    old = (blob for blob in blobs.digests() if blob.modified < before)
-    while batch := list(islice(old, LOOK)):
+    """The blobs that were last put before a time and that no row names, a few at a time; an empty list where many are none."""
+    listed = blobs.digests()
+    while batch := list(islice(listed, LOOK)):
+        old = [blob for blob in batch if blob.modified < before]
         with database.read() as session:
-            needed = named(session, [blob.digest for blob in batch])
-        yield [blob for blob in batch if blob.digest not in needed]
+            needed = named(session, [blob.digest for blob in old])
+        yield [blob for blob in old if blob.digest not in needed]
 
 
 def condemn(session: Session, digests: Collection[str], now: datetime) -> list[str]:
@@ -138,9 +143,11 @@ def delete_condemned(database: Database, blobs: Blobs, digest: str) -> bool:
 
 
 def sweep(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[StoredBlob]]:
-    """Delete the orphans that were last put before a time; gives them, a few at a time. Raises Unavailable."""
+    """Delete the orphans that were last put before a time; gives them as `orphans` does. Raises Unavailable."""
     finish(database, blobs)
     for batch in orphans(database, blobs, before):
+        if not batch:
+            yield []
         for start in range(0, len(batch), BATCH):
             found = {blob.digest: blob for blob in batch[start : start + BATCH]}
             with database.write() as session:
@@ -149,20 +156,22 @@ def sweep(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[S
 
 
 def leftovers(blobs: Blobs, spool: Path, before: datetime) -> Iterator[Path]:
-    """The files of puts and uploads that were cut off: last written before a time."""
-    for path in (*blobs.unfinished(), *spool.glob("upload-*")):
-        try:
-            facts = path.lstat()
-        except FileNotFoundError:  # finished since the folder was read
-            continue
-        if datetime.fromtimestamp(facts.st_mtime, UTC) < before:
-            yield path
+    """What puts, uploads and merges that were cut off have left: files, and folders of files, last written before a time."""
+    for path in (*blobs.unfinished(), *spool.glob("upload-*"), *Path(tempfile.gettempdir()).glob(f"{GROWING}*")):
+        with suppress(FileNotFoundError):  # finished since the folder was read
+            facts = [path.lstat(), *(each.lstat() for each in path.glob("*"))]
+            # In a folder that others may write to, a name proves nothing.
+            if facts[0].st_uid == os.geteuid() and datetime.fromtimestamp(max(each.st_mtime for each in facts), UTC) < before:
+                yield path
 
 
-def clear(files: Iterable[Path]) -> int:
-    """Delete files; gives how many."""
+def clear(paths: Iterable[Path]) -> int:
+    """Delete files and folders; gives how many."""
     count = 0
-    for path in files:
-        path.unlink(missing_ok=True)
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
         count += 1
     return count
