@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_removed_and_the_training_begins_anew(tmp_path: 
     data = bytearray(bench.file(job).read_bytes())
     place = data.index(b"trained") if damage == "strange" else len(data) // 2
     data[place] ^= 1
-    bench.file(job).write_bytes({"empty": b"", "cut": data[: len(data) // 2]}.get(damage, bytes(data)))
+    bench.file(job).write_bytes({"empty": b"", "cut": bytes(data[: len(data) // 2])}.get(damage, bytes(data)))
     outcome = bench.do(job, counting(told))
     assert told[2] == 1
     assert packed(outcome, job) == packed(undisturbed(tmp_path, job, encoder), job)

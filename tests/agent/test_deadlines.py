@@ -24,7 +24,7 @@ from tests.agent.work import catalogue, make_job, make_start
 from tests.federation import Federation
 
 MINUTE = 60.0
-HOUR = {"lease": 60, "no_progress": 600, "job": 3600, "round": 7200}
+HOUR: dict[str, float] = {"lease": 60, "no_progress": 600, "job": 3600, "round": 7200}
 
 
 def nothing(_: int) -> None:
