@@ -80,9 +80,9 @@ async def test_a_large_slice_moves_down_and_up_in_little_memory(federation: Fede
             stdout=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None
-        assert await process.stdout.readline() == b"ready\n"
+        assert await asyncio.wait_for(process.stdout.readline(), PATIENCE) == b"ready\n"
         run = await federation.open(make_plan(**ALONE, layout=LARGE.model_dump(mode="json")))
-        out, _ = await process.communicate(b"go\n")
+        out, _ = await asyncio.wait_for(process.communicate(b"go\n"), PATIENCE)
     said = json.loads(out.splitlines()[-1])  # behind the log
     assert said["step"] == "done"
     assert (await last_job(federation, run))[0] is JobState.submitted
