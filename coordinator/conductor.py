@@ -116,13 +116,19 @@ class Conductor:
     def _merge_all(self, stop: threading.Event | None = None) -> bool:
         with self._database.read() as session:
             waiting = publishing.due(session, self._database.clock(session))
+        trouble: Unavailable | None = None
         for round_id in waiting:
             with self._database.write(Point.merge_claimed) as session:
                 claim = publishing.claim(session, round_id, self._database.clock(session))
-            if claim is not None and stop is not None and stop.is_set():
-                self._give_back(claim)
-            elif claim is not None:
-                self._merge(claim)
+            try:
+                if claim is not None and stop is not None and stop.is_set():
+                    self._give_back(claim)
+                elif claim is not None:
+                    self._merge(claim)
+            except Unavailable as error:  # of one blob, perhaps: the rounds behind it are tried
+                trouble = error
+        if trouble is not None:
+            raise trouble
         return bool(waiting)
 
     def _give_back(self, claim: Claim, reason: str | None = None) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import delete, func, select, update
 
 from coordinator import publishing, runs, tables
 from coordinator.conductor import Conductor
+from protocol import errors
 from protocol.messages import Verdict
 from protocol.states import JobKind, JobState, RoundState, RunState
 from tests.federation import Federation, make_plan
@@ -175,6 +176,24 @@ async def test_a_run_paused_while_its_round_is_merged_publishes_it(federation: F
 
     assert (await federation.admin.round(run, 1)).state is RoundState.published
     assert (await federation.admin.run(run)).state is RunState.paused
+
+
+async def test_a_round_whose_bytes_cannot_be_read_now_holds_up_no_other(federation: Federation) -> None:
+    sick, (slice, *_) = await closed(federation)
+    blob = federation.parts.settings.data / "blobs" / slice.replace(":", "/")
+    blob.rename(blob.with_suffix(".away"))
+    blob.mkdir()  # what is no file cannot be read
+    sound = (await federation.admin.create(make_plan(rounds=1))).id
+
+    with pytest.raises(errors.Unavailable):
+        federation.tick()
+
+    assert (await federation.admin.round(sound, 0)).state is RoundState.published
+    assert (await federation.admin.round(sick, 1)).state is RoundState.merging
+    blob.rmdir()
+    blob.with_suffix(".away").rename(blob)
+    federation.tick()
+    assert (await federation.admin.round(sick, 1)).state is RoundState.published
 
 
 async def test_an_executor_that_breaks_is_tried_three_times(small: Federation) -> None:
