@@ -13,24 +13,22 @@ import hashlib
 import json
 import random
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from time import monotonic
 from typing import Annotated, Any
 
 import httpx
-import psutil
 import torch
 import typer
 from pydantic import BaseModel
 
 from agent.settings import Settings
 from benchmarks.line import Answer, Line
+from benchmarks.load import Load, Meter
 from benchmarks.machine import Machine, this_machine
-from benchmarks.service import Service, database, file_system, processor_seconds, serving, workplace
+from benchmarks.service import Service, database, file_system, serving, workplace
 from protocol import errors
 from protocol.messages import Dataset, Profile, Result, Usage
 from protocol.plan import Dtype, Layout, Plan
@@ -40,16 +38,6 @@ WAIT: int = int(Settings.model_fields["wait_seconds"].default)
 ENROLLING = 20  # at once
 PATIENCE = 600.0  # seconds for a whole fleet to do one thing
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Load(BaseModel):
-    """Cores that were busy meanwhile, two being all of a machine with two."""
-
-    seconds: float
-    coordinator: float
-    database: float
-    agents: float  # the process that plays them
-    others: float  # whatever else ran on the machine
 
 
 class Waiting(BaseModel):
@@ -96,6 +84,7 @@ class Device:
     """One agent."""
 
     line: Line
+    wait: int  # seconds that a question may stay open
     polls: int = 0
     repeated: int = 0
 
@@ -103,7 +92,7 @@ class Device:
         """Ask until there is a job; gives it, and when it was here."""
         await asyncio.sleep(delay)
         while True:
-            answer = await self.sure("POST", "/v1/jobs/next", Prefer=f"wait={WAIT}")
+            answer = await self.sure("POST", "/v1/jobs/next", Prefer=f"wait={self.wait}")
             self.polls += 1
             if answer.status == 200:
                 return json.loads(answer.body), answer.at
@@ -167,35 +156,15 @@ def plan(agents: int, megabytes: float) -> Plan:
     )
 
 
-@dataclass
-class Meter:
-    """Looks at processors while a block lasts."""
-
-    service: Service
-    found: list[Load] = field(default_factory=list)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        before = self._now()
-        yield
-        seconds, coordinator, database, agents, all_of_it = (after - then for after, then in zip(self._now(), before, strict=True))
-        ours = coordinator + database + agents
-        shares = {"coordinator": coordinator, "database": database, "agents": agents, "others": max(0.0, all_of_it - ours)}
-        self.found.append(Load(seconds=seconds, **{name: spent / seconds for name, spent in shares.items()}))
-
-    def _now(self) -> tuple[float, ...]:
-        machine = psutil.cpu_times()
-        busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0)
-        return monotonic(), self.service.seconds(), processor_seconds(self.service.database), processor_seconds([psutil.Process()]), busy
-
-
-async def measure(service: Service, agents: int, seconds: float, megabytes: float) -> tuple[Waiting, PickingUp, Contributing]:
-    """The three, one after the other, with the same agents."""
-    devices = await _enrol(service, agents)
+async def measure(
+    service: Service, agents: int, seconds: float, megabytes: float, wait: int = WAIT
+) -> tuple[Waiting, PickingUp, Contributing]:
+    """The three, one after the other, with the same agents, whose questions may stay open so many seconds."""
+    devices = await _enrol(service, agents, wait)
     meter, resident = Meter(service), service.resident_bytes()
     chance = random.Random(0)
-    held = [asyncio.ensure_future(device.hold(chance.uniform(0, WAIT))) for device in devices]
-    await asyncio.sleep(WAIT + 10)
+    held = [asyncio.ensure_future(device.hold(chance.uniform(0, wait))) for device in devices]
+    await asyncio.sleep(1.2 * wait)
     polls = sum(device.polls for device in devices)
     with meter.running():
         await asyncio.sleep(seconds)
@@ -208,7 +177,7 @@ async def measure(service: Service, agents: int, seconds: float, megabytes: floa
         jobs = await asyncio.wait_for(asyncio.gather(*held), PATIENCE)
     opened = await _opened(service, run)
     delays = sorted(at - opened for _, at in jobs)
-    quantiles = statistics.quantiles(delays, n=100, method="inclusive")
+    quantiles = statistics.quantiles([*delays, delays[-1]], n=100, method="inclusive")
     picking_up = PickingUp(p50=quantiles[49], p99=quantiles[98], longest=delays[-1], load=meter.found[-1])
     await asyncio.to_thread(service.operator.post, f"/v1/runs/{run}/stop")
     contributing = await _contribute(service, devices, meter, plan(agents, megabytes))
@@ -226,7 +195,7 @@ async def _contribute(service: Service, devices: Sequence[Device], meter: Meter,
         return await device.contribute(job, numbers)
 
     done = [asyncio.ensure_future(whole(device)) for device in devices]
-    await asyncio.sleep(5)
+    await asyncio.sleep(devices[0].wait / 10)
     run = await _create(service, wanted)
     with meter.running():
         ends = await asyncio.wait_for(asyncio.gather(*done), PATIENCE)
@@ -238,7 +207,7 @@ async def _contribute(service: Service, devices: Sequence[Device], meter: Meter,
     )
 
 
-async def _enrol(service: Service, agents: int) -> list[Device]:
+async def _enrol(service: Service, agents: int, wait: int) -> list[Device]:
     made = await asyncio.to_thread(service.operator.post, "/v1/enrolments", json={"uses": agents, "seconds": 3600})
     address = httpx.URL(service.url)
     profile = Profile(memory_bytes=10**9, training_flops=1e10, datasets={"rows": Dataset(train=10, held_out=0)})
@@ -247,8 +216,8 @@ async def _enrol(service: Service, agents: int) -> list[Device]:
     async def one(number: int) -> Device:
         body = json.dumps({"name": f"agent {number}", "profile": profile.model_dump(mode="json")}).encode()
         async with several, Line(address.host, address.port or 80, made.json()["token"]) as line:
-            answer = await Device(line).sure("POST", "/v1/clients", body, Content_Type="application/json")
-        return Device(Line(address.host, address.port or 80, json.loads(answer.body)["credential"]))
+            answer = await Device(line, wait).sure("POST", "/v1/clients", body, Content_Type="application/json")
+        return Device(Line(address.host, address.port or 80, json.loads(answer.body)["credential"]), wait)
 
     return list(await asyncio.gather(*(one(number) for number in range(agents))))
 

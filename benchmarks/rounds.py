@@ -197,7 +197,7 @@ def report(found: Rounds) -> str:
     return (
         f"{found.agents} agents × {found.megabytes:g} MB: {found.median:.2f} s a round ({found.shortest:.2f}-{found.longest:.2f}, "
         f"{found.rounds} rounds), first {found.first:.2f} s, merging {found.merging:.2f} s; processor {found.coordinator_seconds:.2f} "
-        f"s of the coordinator and {found.agents_seconds:.2f} s of all agents; coordinator {found.coordinator_megabytes:.0f} MB at its peak "
+        f"s of the coordinator and {found.agents_seconds:.2f} s of all agents; coordinator {found.coordinator_megabytes:.0f} MB at most "
         f"(+{found.coordinator_growth:.0f}), an agent {found.agent_megabytes:.0f} MB; others used {found.others:.2f} cores meanwhile"
     )
 

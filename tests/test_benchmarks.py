@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.__main__ import app
+from benchmarks import fleet, rounds
+from benchmarks.__main__ import BENCHMARKS, app
 from benchmarks.crowd import Size
+from benchmarks.machine import this_machine
 from benchmarks.merge import Merge, measure, methods, report
+from benchmarks.service import database, file_system, serving
 from protocol.plan import Dtype
 
 
@@ -31,6 +37,37 @@ def test_both_methods_are_measured_on_one_module() -> None:
     assert (exact.method, quick.method) == ("exact", "quick")
     assert exact.dense_seconds == quick.dense_seconds
     assert "one thread, quick" in report(quick)
+
+
+def test_a_fleet_waits_picks_up_its_work_and_contributes(tmp_path: Path) -> None:
+    with database("sqlite", tmp_path) as (url, server), serving(tmp_path, url, server) as service:
+        waiting, picking_up, contributing = asyncio.run(fleet.measure(service, agents=5, seconds=1, megabytes=0.1, wait=1))
+    assert waiting.polls_per_second > 0
+    assert 0 < picking_up.p50 <= picking_up.p99 <= picking_up.longest
+    assert contributing.per_second == pytest.approx(5 / contributing.seconds)
+    parts = {"waiting": waiting, "picking_up": picking_up, "contributing": contributing}
+    found = fleet.Fleet(agents=5, database="sqlite", **parts, file_system=file_system(tmp_path), machine=this_machine())
+    assert "5 agents, sqlite" in fleet.report(found)
+
+
+def test_whole_rounds_are_measured_with_real_agents(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(
+        rounds.app, ["--agents", "2", "--mb", "0.1", "--rounds", "3", "--folder", str(tmp_path), "--json"], catch_exceptions=False
+    )
+    found = rounds.Rounds.model_validate_json(shown.output)
+    assert (found.agents, found.rounds) == (2, 3)
+    assert 0 < found.shortest <= found.median <= found.longest
+    assert found.coordinator_seconds > 0
+    assert "2 agents × 0.1 MB" in rounds.report(found)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_every_benchmark_is_a_command_of_its_own(benchmark: str) -> None:
+    own = CliRunner().invoke(import_module(f"benchmarks.{benchmark}").app, ["--help"])
+    listed = CliRunner().invoke(app, [benchmark, "--help"])
+    assert (own.exit_code, listed.exit_code) == (0, 0)
+    assert "--json" in own.output
+    assert "--json" in listed.output
 
 
 @pytest.mark.slow
