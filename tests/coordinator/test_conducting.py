@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, func, select, update
 
-from coordinator import publishing, runs, tables
+from coordinator import publishing, rounds, runs, tables
 from coordinator.conductor import Conductor
 from protocol import errors
-from protocol.messages import Verdict
+from protocol.messages import Dataset, Verdict
 from protocol.states import JobKind, JobState, RoundState, RunState
-from tests.federation import Federation, make_plan
+from tests.federation import Federation, make_plan, make_profile
 
 
 class Meddling(ThreadPoolExecutor):
@@ -264,10 +264,10 @@ async def test_a_plan_that_cannot_be_read_any_more_stops_no_other_run(small: Fed
 
 
 @contextmanager
-def running(federation: Federation) -> Iterator[None]:
-    """The conductor's own loop, in a thread, while the block lasts."""
+def running(federation: Federation, conductor: Conductor | None = None) -> Iterator[None]:
+    """A conductor's own loop, in a thread, while the block lasts."""
     stop = threading.Event()
-    thread = threading.Thread(target=federation.parts.conductor.run, args=(stop, 0.02))
+    thread = threading.Thread(target=(conductor or federation.parts.conductor).run, args=(stop, 0.02))
     thread.start()
     try:
         yield
@@ -309,6 +309,35 @@ async def test_the_loop_carries_a_run_on_by_itself(federation: Federation) -> No
 
     federation.tick()
     assert (await federation.admin.run(run)).state is RunState.finished
+
+
+def state(federation: Federation, run: str) -> str | None:
+    """Of a run's newest round."""
+    with federation.parts.database.read() as session:
+        round = rounds.current(session, run)
+        return round and round.state
+
+
+async def test_a_long_merge_holds_up_no_other_run(federation: Federation) -> None:
+    pictures = {"pictures": Dataset(train=10, held_out=3).model_dump(mode="json")}
+    others = [await federation.enrol(f"other {number}", make_profile(datasets=pictures)) for number in range(3)]
+    other = await federation.open(make_plan(data="pictures", rounds=1, evaluation={"every": 0}))
+    slow, _ = await closed(federation)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    with running(federation, conductor(federation, block)):
+        await asyncio.to_thread(begun.wait, 20)
+        for device in others:
+            await device.complete(await device.take())
+        federation.parts.bell.ring_conductor()
+        await until(lambda: state(federation, other) == RoundState.merging)
+        assert state(federation, slow) == RoundState.merging
+        go_on.set()
+        await until(lambda: (state(federation, slow), state(federation, other)) == (RoundState.published, RoundState.published))
 
 
 async def test_the_loop_survives_a_defect_of_its_own(small: Federation) -> None:
