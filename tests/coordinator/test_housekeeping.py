@@ -39,6 +39,8 @@ async def test_of_several_coordinators_one_keeps_house_each_time(database_url: s
             one.clock.advance(599)
             assert not two.parts.housekeeping.due()
             one.clock.advance(1)
+        one.clock.advance(-86_400)  # set back
+        assert [each.due() for each in chores] == [True] + [False] * 5
 
 
 async def test_a_chore_that_fails_stops_no_other(small: Federation) -> None:
