@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,13 +122,16 @@ class Witness:
         return ended and (table in ("clients", "quarantine") or (table, key) == ("jobs", job))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Held:
     """A job as it was once handed out, with the slice to start from; the device may have lost it since."""
 
     owner: int
     job: Job
     start: bytes
+
+    def __repr__(self) -> str:
+        return f"Held({self.job.kind} by {self.owner}, round {self.job.round}, epoch {self.job.lease.epoch})"
 
     def trained(self, salt: int = 0) -> bytes:
         """A slice as if it had been trained."""
@@ -147,6 +151,7 @@ class World:
     sites: dict[int, Federation] = field(default_factory=dict)
     heard: list[Exchange] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
+    handed: list[Held] = field(default_factory=list)  # every job, each time that it was handed out
     runs: list[str] = field(default_factory=list)
     standing: dict[str, object] = field(default_factory=dict)  # what has been said and may never change
     whole: set[str] = field(default_factory=set)  # blobs whose bytes were compared with their names
@@ -202,16 +207,40 @@ class World:
         """One run more."""
         self.runs.append(self.do(self.admin(site).create(plan)).id)
 
-    def poll(self, number: int, site: int) -> Held | None:
-        """A device asks for work, and fetches the slice to start from. Raises Unauthenticated."""
+    def poll(self, number: int, site: int) -> None:
+        """A device asks for work, if it may do anything still, and fetches the slice to start from."""
         device = self.device(number, site)
-        job = self.do(device.next_job())
-        return None if job is None else Held(number, job, self.do(device.blob(job.slice.digest)))
+        with suppress(errors.Unauthenticated):
+            job = self.do(device.next_job())
+            if job is not None:
+                self.handed.append(Held(number, job, self.do(device.blob(job.slice.digest))))
+
+    def everybody_polls(self, site: int) -> None:
+        for number in range(len(self.devices)):
+            self.poll(number, site)
+
+    def finish(self, number: int, site: int) -> None:
+        """All that a device has to do, done; nothing, if it may do nothing any more."""
+        device = self.device(number, site)
+        with suppress(errors.Unauthenticated):
+            while (job := self.do(device.next_job())) is not None:
+                self.do(device.complete(job))
+
+    def finish_all(self, site: int, but: int = -1) -> None:
+        """What everybody has to do, done, and looked at."""
+        for number in set(range(len(self.devices))) - {but}:
+            self.finish(number, site)
+        self.sites[site].tick()
+
+    def jobs(self) -> list[Held]:
+        """Every job as it was ever handed out; those that are in hand still are there several times, to be drawn more often."""
+        now = self.rows()
+        lively = [held for held in self.handed if _held(held, now)]
+        return [*self.handed, *lively * (1 + 3 * len(self.handed) // max(1, len(lively)))]
 
     def holds(self, held: Held) -> bool:
         """Whether the device still has the right to work on the job: its last lease has not ended."""
-        row = self.job(held.job)
-        return (row["state"], row["epoch"]) == (JobState.leased, held.job.lease.epoch)
+        return _held(held, self.rows())
 
     def standing_at(self, held: Held, digest: str) -> int:
         """How many bytes of that slice are noted."""
@@ -235,6 +264,7 @@ class World:
         now = self.rows()
         _every_end_has_its_reason(now)
         _weights_are_shares(now)
+        _parts_are_one_after_the_other(now)
         self._what_was_said_stands(now)
         self._every_blob_is_there(now)
 
@@ -273,32 +303,28 @@ class World:
         """Whatever was, fresh devices that work, and an operator who lets them: now every job and every run ends."""
         for _ in range(3):
             self.enrol()
-        for run in self.runs:
-            if self._state(run) is RunState.paused:
-                self.do(self.admin().change_run(run, "resume"))
         for _ in range(TURNS):
             if all(self._state(run) in (RunState.finished, RunState.stopped) for run in self.runs):
                 break
+            for run in self.runs:
+                if self._state(run) is RunState.paused:  # also again: an old attempt may still run out and be one too many
+                    self.do(self.admin().change_run(run, "resume"))
             self.clock.advance(LOOKS)
-            for site in self.sites.values():
-                site.tick()
-            for number in range(len(self.devices)):
-                self.finish(number)
-        self.check()
+            for site in self.sites:
+                self.finish_all(site)
+            self.check()
         now = self.rows()
         unfinished = {f"{run['id']} is {run['state']}: {run['reason']}" for run in now["runs"].values() if not run["ended_at"]}
         assert unfinished == set()
         assert {job["state"] for job in now["jobs"].values()} & {JobState.queued, JobState.leased} == set()
 
-    def finish(self, number: int) -> None:
-        """All that a device has to do, done; nothing, if it may do nothing any more."""
-        device = self.device(number, 0)
-        with suppress(errors.Unauthenticated):
-            while (job := self.do(device.next_job())) is not None:
-                self.do(device.complete(job))
-
     def _state(self, run: str) -> RunState:
         return RunState(self.do(self.admin().run(run)).state)
+
+
+def _held(held: Held, now: Rows) -> bool:
+    row = now["jobs"][held.job.id]
+    return bool((row["state"], row["epoch"]) == (JobState.leased, held.job.lease.epoch))
 
 
 def _weights_are_shares(now: Rows) -> None:
@@ -311,6 +337,14 @@ def _weights_are_shares(now: Rows) -> None:
     for id, round in now["rounds"].items():
         if round["number"] > 0 and round["state"] in (RoundState.merging, RoundState.published):
             assert abs(sum(shares[id]) - 1) <= 1e-12
+
+
+def _parts_are_one_after_the_other(now: Rows) -> None:
+    """The parts of an upload reach from its first byte to its offset, without gap or overlap."""
+    for job, upload in now["uploads"].items():
+        parts = sorted((part["start"], part["bytes"]) for part in now["parts"].values() if part["job_id"] == job)
+        assert [start for start, _ in parts] == list(accumulate((count for _, count in parts[:-1]), initial=0))[: len(parts)]
+        assert sum(count for _, count in parts) == upload["offset"] <= upload["length"]
 
 
 def _every_end_has_its_reason(now: Rows) -> None:
