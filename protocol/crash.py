@@ -20,6 +20,7 @@ class Point(StrEnum):
     # blobs that no row names yet
     slice_blob_kept = "slice-blob-kept"
     part_blob_kept = "part-blob-kept"
+    quarantine_blob_kept = "quarantine-blob-kept"
     first_blob_kept = "first-blob-kept"
     adapter_blob_kept = "adapter-blob-kept"
     # commits that record no event

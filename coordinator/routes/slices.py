@@ -185,6 +185,7 @@ def _store(context: Context, sender: Sender, wanted: jobs.Upload, spooled: Spool
         norm = uploads.check(spooled, wanted, context.blobs)
     except errors.InvalidSlice as error:
         kept = context.quarantine.take(spooled.path, spooled.digest, spooled.length)
+        crash.reached(Point.quarantine_blob_kept)
         with context.database.write() as session:
             now = context.database.clock(session)
             jobs.reject(session, sender.client, sender.job, sender.epoch, error, kept, context.settings.rejections, now)

@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
 
 from coordinator import publishing, rounds, runs, tables
 from coordinator.conductor import Conductor
 from protocol import errors
 from protocol.messages import Dataset, Verdict
 from protocol.states import JobKind, JobState, RoundState, RunState
-from tests.federation import Federation, make_plan, make_profile
+from tests.federation import Clock, Federation, make_plan, make_profile, open_federation
 
 
 class Meddling(ThreadPoolExecutor):
@@ -315,7 +318,7 @@ def state(federation: Federation, run: str) -> str | None:
     """Of a run's newest round."""
     with federation.parts.database.read() as session:
         round = rounds.current(session, run)
-        return round and round.state
+        return None if round is None else round.state
 
 
 async def test_a_long_merge_holds_up_no_other_run(federation: Federation) -> None:
@@ -338,6 +341,34 @@ async def test_a_long_merge_holds_up_no_other_run(federation: Federation) -> Non
         assert state(federation, slow) == RoundState.merging
         go_on.set()
         await until(lambda: (state(federation, slow), state(federation, other)) == (RoundState.published, RoundState.published))
+
+
+class LastCall(Clock):
+    """A clock that tells the conductor to stop when its merging thread asks for the time: when it looks what is due."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stop = threading.Event()
+
+    def __call__(self, session: Session) -> datetime:
+        if threading.current_thread().name == "merging":
+            self.stop.set()
+        return super().__call__(session)
+
+
+async def test_a_conductor_that_is_stopped_before_its_merge_began_leaves_the_round_to_others_at_once(
+    database_url: str, tmp_path: Path
+) -> None:
+    clock = LastCall()
+    async with open_federation(database_url, tmp_path, clock) as federation:
+        await federation.admin.create(make_plan())
+        (round_id,) = waiting_rounds(federation)
+
+        await asyncio.to_thread(federation.parts.conductor.run, clock.stop, 0.02)
+
+        assert waiting_rounds(federation) == [round_id]
+        with federation.parts.database.read() as session:
+            assert session.get_one(tables.Round, round_id).merge_epoch == 1, "it was claimed"
 
 
 async def test_the_loop_survives_a_defect_of_its_own(small: Federation) -> None:

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from coordinator import clients, jobs, publishing, rounds, runs, tables
+from coordinator import clients, jobs, outage, publishing, rounds, runs, tables
 from coordinator.merge import RoundTask, merge_round
 from protocol import errors
 from protocol.messages import Job, Progress
@@ -222,6 +222,19 @@ async def test_a_run_stopped_while_its_round_is_published_has_nothing_left_to_me
     assert view.state is RoundState.published
     measuring = [job.state for job in view.jobs if job.kind is JobKind.evaluate]
     assert measuring == [JobState.cancelled] * 3
+
+
+async def test_the_first_beats_of_two_coordinators_are_one(federation: Federation) -> None:
+    database, now = federation.parts.database, federation.clock.now
+
+    def beat() -> None:
+        with database.write() as session:
+            outage.beat(session, now)
+
+    await second(federation, lambda session: outage.beat(session, now), asyncio.to_thread(beat))
+
+    with database.read() as session:
+        assert session.scalars(select(tables.Beat.at)).all() == [now]
 
 
 @pytest.fixture
