@@ -176,10 +176,11 @@ def sweep(
     blobs = Blobs.open(settings.blobs)
     with _existing(settings) as database:
         with database.read() as session:
-            before = database.clock(session) - timedelta(seconds=settings.sweep_grace_seconds)
+            now = database.clock(session)
+        before = now - timedelta(seconds=settings.sweep_grace_seconds)
         batches = sweeping.orphans(database, blobs, before) if dry_run else sweeping.sweep(database, blobs, before)
         found = [{"digest": blob.digest, "bytes": blob.bytes, "put": blob.modified.isoformat()} for batch in batches for blob in batch]
-        files = list(sweeping.leftovers(blobs, settings.spool_folder, before))
+        files = list(sweeping.leftovers(blobs, settings.spool_folder, now))
         if not dry_run:
             sweeping.clear(files)
     verb = "would delete" if dry_run else "deleted"

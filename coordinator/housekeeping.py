@@ -119,7 +119,7 @@ class Housekeeping:
         return blobs
 
     def _files(self, now: datetime) -> int:
-        return sweeping.clear(sweeping.leftovers(self._blobs, self._settings.spool_folder, self._grace(now)))
+        return sweeping.clear(sweeping.leftovers(self._blobs, self._settings.spool_folder, now))
 
     def _grace(self, now: datetime) -> datetime:
         return now - timedelta(seconds=self._settings.sweep_grace_seconds)

@@ -24,7 +24,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,7 @@ from protocol.states import JobState, RoundState
 
 NAMING = 7260915  # PostgreSQL's advisory lock: shared by all who name blobs, exclusive for whoever condemns some
 LOOK = 4000  # blobs looked at together; a database that is asked for few at a time reads its tables often
+STILL = timedelta(hours=1)  # a file that was not written to for so long has no writer; unlike with blobs this is a guess
 BATCH = 500  # blobs condemned together; none of them can be named before all of them are deleted
 
 
@@ -155,13 +156,13 @@ def sweep(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[S
             yield [found[digest] for digest in finish(database, blobs) if digest in found]
 
 
-def leftovers(blobs: Blobs, spool: Path, before: datetime) -> Iterator[Path]:
-    """What puts, uploads and merges that were cut off have left: files, and folders of files, last written before a time."""
+def leftovers(blobs: Blobs, spool: Path, now: datetime) -> Iterator[Path]:
+    """What puts, uploads and merges that were cut off have left: files, and folders of files, that nobody writes to any more."""
     for path in (*blobs.unfinished(), *spool.glob("upload-*"), *Path(tempfile.gettempdir()).glob(f"{GROWING}*")):
         with suppress(FileNotFoundError):  # finished since the folder was read
             facts = [path.lstat(), *(each.lstat() for each in path.glob("*"))]
             # In a folder that others may write to, a name proves nothing.
-            if facts[0].st_uid == os.geteuid() and datetime.fromtimestamp(max(each.st_mtime for each in facts), UTC) < before:
+            if facts[0].st_uid == os.geteuid() and datetime.fromtimestamp(max(each.st_mtime for each in facts), UTC) < now - STILL:
                 yield path
 
 
