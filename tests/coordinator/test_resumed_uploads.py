@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from protocol import errors, slices
 from protocol.messages import Job, SliceReceipt
 from protocol.states import JobKind, JobState
 from tests.federation import Device, Federation, make_plan, open_federation, refusal, repr_digest
+from tests.merging import buckets
 
 
 async def refused_at(device: Device, job: Job, data: bytes, start: int, stop: int) -> int:
@@ -211,6 +213,27 @@ async def test_two_ends_at_once_are_answered_the_same(federation: Federation) ->
     receipts = [answer for answer in found if not isinstance(answer, errors.OffsetMismatch)]
     assert receipts
     assert receipts == [SliceReceipt(digest=slices.digest(data), bytes=len(data))] * len(receipts)
+
+
+async def test_another_coordinator_goes_on_with_an_upload_in_a_bucket(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncExitStack() as open:
+        bucket = open.enter_context(buckets.bucket())
+        for name, value in buckets.settings(bucket).items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://bucket/{bucket.url[-5:]}"
+        one = await open.enter_async_context(open_federation(postgres_url, tmp_path / "one", blobs_url=url))
+        two = await open.enter_async_context(open_federation(postgres_url, tmp_path / "two", one.clock, blobs_url=url))
+        _, (device, *_), (job, *_) = await one.training(make_plan())
+        data = await device.trained(job)
+        await device.patch(job, data, 0, 1000)
+
+        there = Device(two.http, device.secret, id=device.id, name=device.name)
+        receipt = await there.patch(job, data, 1000, len(data))
+
+        assert isinstance(receipt, SliceReceipt)
+        assert bucket.objects[f"{bucket.url[-5:]}/{receipt.digest.replace(':', '/')}"] == data
 
 
 async def test_another_coordinator_goes_on_with_an_upload(database_url: str, tmp_path: Path) -> None:

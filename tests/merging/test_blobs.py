@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,13 +17,23 @@ from hypothesis import strategies as st
 from coordinator.blobs import Blobs, file_digest
 from protocol import errors
 from protocol.slices import digest
+from tests.merging import buckets
 
 NOBODY = f"sha256:{0:064}"
 
 
-@pytest.fixture(params=["file", "memory"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
-    return Blobs.open(tmp_path.as_uri() + "/blobs" if request.param == "file" else f"memory://{request.node.nodeid}")
+@pytest.fixture(params=["file", "memory", "s3"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Blobs]:
+    match request.param:
+        case "file":
+            yield Blobs.open(tmp_path.as_uri() + "/blobs")
+        case "memory":
+            yield Blobs.open(f"memory://{request.node.nodeid}")
+        case _:
+            with buckets.bucket() as bucket:
+                for name, value in buckets.settings(bucket).items():
+                    monkeypatch.setenv(name, value)
+                yield Blobs.open(f"s3://bucket/{bucket.url[-5:]}")  # a store is opened once per process and URL
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
