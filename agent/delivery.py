@@ -24,8 +24,13 @@ WANTED = {"expired", "released"}  # states of a job that the coordinator may yet
 
 
 def may_return(error: errors.HLoRAError) -> bool:
-    """Whether a job that ended so may yet be handed out again: to be kept, then. An answer that names no state does not say."""
-    return isinstance(error, errors.StaleLease) or (isinstance(error, errors.Over) and error.facts.get("state", "expired") in WANTED)
+    """Whether what was done of a job that ended so may yet be wanted: it may be handed out again, or a newer agent may deliver it.
+
+    An answer that names no state does not say.
+    """
+    if isinstance(error, errors.Over):
+        return error.facts.get("state", "expired") in WANTED
+    return isinstance(error, (errors.StaleLease, errors.OutdatedAgent))
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Courier:
     chance: random.Random
 
     async def deliver(self, held: Held, entry: Entry, *, again: bool) -> None:
-        """Bring an entry; `again` if some of its slice may be there already. Tries until it is answered.
+        """Bring an entry; `again` if some of its slice may be there already. Tries until it is answered, or the job's time is over.
 
         Raises what no later attempt could mend: StaleLease, JobOver, NotFound, an InvalidSlice, DifferentResult, …
         """
@@ -54,6 +59,8 @@ class Courier:
             except errors.HLoRAError as error:
                 if not may_pass(error):
                     raise
+                if self.clock() > held.until:
+                    raise errors.JobOver(f"the job's deadline passed before it was answered: {error.detail}", state="expired") from None
                 log.warning("delivery-delayed", problem=error.slug(), detail=error.detail)
             if not await asyncio.to_thread(self.outbox.sound, entry):
                 raise errors.HLoRAError("the slice in the agent's outbox was damaged; the job has to be done anew")

@@ -30,7 +30,7 @@ class Step(StrEnum):
     idle = "idle"
     given_back = "given_back"
     over = "over"  # somebody else ended the job
-    kept = "kept"  # the agent stops; the finished work stays in the outbox
+    kept = "kept"  # this process cannot deliver; the finished work stays in the outbox
 
 
 def stopped(error: errors.HLoRAError | None) -> bool:
@@ -89,12 +89,12 @@ class Holder:
         return errors.HLoRAError(f"the agent failed with {type(error).__name__}; its log has the trace")
 
     async def _leave(self, held: Held, error: errors.HLoRAError) -> Step:
-        """Give the job back with the reason, unless it is lost already, or done and only not delivered."""
+        """Give the job back with the reason, unless it is lost already, or done and to be delivered by another process."""
         if isinstance(error, (errors.Conflict, errors.Over)):
             log.info("job-over", problem=error.slug(), detail=error.detail)
             return Step.over
-        if held.finished and stopped(error):
-            log.warning("job-kept", detail="the agent is stopping; the finished work stays in the outbox")
+        if held.finished and (stopped(error) or isinstance(error, errors.OutdatedAgent)):
+            log.warning("job-kept", detail=f"{error.detail}; the finished work stays in the outbox")
             return Step.kept
         problem = None if type(error) in (errors.HLoRAError, errors.Refusal) else error.slug()
         log.warning("job-given-back", problem=problem, detail=error.detail)

@@ -75,6 +75,7 @@ class Loop:
                 told = told or await self._unless_stopping(self.client.put_profile(profile)) is not None
                 delivered = delivered or await self.deliver()
                 came = await self.step()
+                delivered = came is not Step.over  # the answer may be there all the same, or what was done be wanted again
             except HOPELESS:
                 raise
             except errors.HLoRAError as error:

@@ -20,7 +20,7 @@ from agent.connection import ANSWER_SECONDS, Connection
 from protocol import errors
 from protocol.messages import BlobRef, SliceReceipt
 
-BLOCK = 256 << 10  # bytes of a file read at a time
+BLOCK = 64 << 10  # bytes of a file read at a time; few enough for a very slow link to take them before it counts as dead
 PART = 8 << 20  # bytes of a slice sent in one request, while the link is good; a smaller slice goes in one piece
 SMALLEST_PART = 64 << 10
 CHECKING_SECONDS = 300.0  # the coordinator checks and stores a whole slice before it answers

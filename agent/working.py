@@ -44,6 +44,7 @@ class Worker:
             held.standing = Standing("download", count, job.slice.bytes)
 
         with durable.room_for(start):
+            start.parent.touch()  # what was kept of this job is the newest again
             keep_newest(self.folder)
         fetched = await self.client.blob(job.slice, start, moved)
         return await self._in_thread(held, start, {"download_bytes": fetched, "download_seconds": self.clock() - began if fetched else 0.0})

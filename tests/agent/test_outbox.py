@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agent import durable
@@ -137,6 +139,40 @@ async def test_a_coordinator_that_is_away_for_long_is_waited_for_with_the_work_i
     assert (await last_job(federation, run))[0] is JobState.submitted
 
 
+async def test_a_job_whose_time_is_over_does_not_keep_the_agent_from_others(federation: Federation, tmp_path: Path) -> None:
+    """The result arrived, its answer never does: the agent turns to other work, and hears of it later."""
+    device, run = await begin(federation)
+    ticks = itertools.count(0, 1000)  # seconds: a look at the clock takes a quarter of the job's hour
+    away = Away(federation.app, ("/result",), deaf=False)
+    async with looping(federation, device, Counted(), tmp_path, app=away, left=START + FINISHED, clock=lambda: next(ticks)) as loop:
+        assert await loop.step() is Step.over
+    assert (await last_job(federation, run))[0] is JobState.submitted
+    async with looping(federation, device, Counted(), tmp_path) as loop:
+        running = asyncio.create_task(loop.run(make_profile()))
+
+        async def heard() -> bool:
+            return not list((tmp_path / "home" / "outbox").iterdir())
+
+        await until(heard)
+        loop.stopping.set()
+        await running
+
+
+async def test_work_waits_for_a_newer_agent_where_this_one_is_too_old(federation: Federation, tmp_path: Path) -> None:
+    async def newer(scope: Scope, receive: Receive, send: Send) -> None:
+        strange = JSONResponse({"stored": True})
+        await (strange if scope["path"].endswith("/slice") else federation.app)(scope, receive, send)
+
+    device, run = await begin(federation)
+    train = Counted()
+    async with looping(federation, device, train, tmp_path, app=newer, left=START + FINISHED) as loop:
+        assert await loop.step() is Step.kept
+    async with looping(federation, device, train, tmp_path) as loop:
+        assert await loop.deliver()
+    assert len(train.jobs) == 1
+    assert (await last_job(federation, run))[0] is JobState.submitted
+
+
 async def test_what_nobody_wants_any_more_is_removed_with_the_reason(
     federation: Federation, tmp_path: Path, lost: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +206,7 @@ async def test_work_for_somebody_else_is_removed(federation: Federation, tmp_pat
 
 async def test_several_jobs_are_delivered_oldest_first(federation: Federation, tmp_path: Path) -> None:
     device, first = await begin(federation)
+    federation.advance(1)
     second = await federation.open(make_plan(**ALONE, name="second"))
     train = Counted()
     await killed_while_it_delivers(federation, device, train, tmp_path, Away(federation.app, ("/slice",)))
