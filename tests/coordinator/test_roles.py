@@ -19,7 +19,7 @@ from protocol import errors
 from protocol.messages import Enrolled
 from protocol.states import JobKind, Role
 from protocol.views import EnrolmentMade, Page, TokenMade, TokenView
-from tests.federation import Caller, Federation, make_plan, make_profile, open_federation, read, refusal
+from tests.federation import Caller, Federation, make_plan, make_profile, open_federation, read, refusal, repr_digest
 
 NO_ID = f"nothing-{0:016x}"
 NO_DIGEST = f"sha256:{0:064}"
@@ -210,11 +210,14 @@ async def test_a_revoked_client_is_gone_for_good(small: Federation) -> None:
 async def test_a_client_sees_nothing_of_another(federation: Federation) -> None:
     _, (one, two, _), (job, other, _) = await federation.training(make_plan())
     receipt = await one.put_slice(job, await one.trained(job))
+    part = {"Upload-Offset": "0", "Upload-Length": "9", "Repr-Digest": repr_digest(b"x")}
 
     requests: list[tuple[str, str, dict[str, Any]]] = [
         ("POST", f"/v1/jobs/{job.id}/lease", {"json": {"epoch": 1}}),
         ("DELETE", f"/v1/jobs/{job.id}/lease", {"json": {"epoch": 1, "reason": "not mine"}}),
         ("PUT", f"/v1/jobs/{job.id}/slice", {"content": b"x", "headers": {"Lease-Epoch": "1"}}),
+        ("HEAD", f"/v1/jobs/{job.id}/slice", {"headers": {"Lease-Epoch": "1"}}),
+        ("PATCH", f"/v1/jobs/{job.id}/slice", {"content": b"x", "headers": {"Lease-Epoch": "1", **part}}),
         ("PUT", f"/v1/jobs/{job.id}/result", {"json": {"epoch": 1, "slice": receipt.digest, "examples": 5}}),
         ("GET", f"/v1/blobs/{receipt.digest}", {}),
     ]
