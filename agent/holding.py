@@ -62,7 +62,8 @@ class Holder:
             return Step.done if error is None else await self._leave(held, error), error
         finally:
             for task in (work, renewing, stop):
-                task.cancel()
+                if not task.cancelling():  # a second time would cut short the wait for the worker thread
+                    task.cancel()
             await asyncio.gather(work, renewing, stop, return_exceptions=True)  # the worker thread ends at its next step
 
     async def _until_over(self, held: Held, work: Waited, renewing: Waited, stop: Waited) -> None:
