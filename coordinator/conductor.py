@@ -32,7 +32,7 @@ from protocol.plan import Plan
 
 log = structlog.get_logger()
 BRIEF = 0.02  # seconds: after a look that took longer, a rest follows
-RESTS = 3.0  # times as long as what it took more
+RESTS = 9.0  # times as long as the look
 
 
 class Conductor:
@@ -77,8 +77,9 @@ class Conductor:
             began = time.monotonic()
             self._attend(self._look)
             closed.set()
-            # A fleet that answers calls all the time, and its looks are long: most of the time is left to who answers it.
-            stop.wait(min(longest_pause, RESTS * max(0.0, time.monotonic() - began - BRIEF)))
+            took = time.monotonic() - began
+            if took > BRIEF:  # a large fleet calls all the time: most of it is left to those who answer the fleet
+                stop.wait(min(longest_pause, RESTS * took))
             self._bell.await_conductor_call(min(longest_pause, outage.BEAT.total_seconds()))
         closed.set()
         merging.join()

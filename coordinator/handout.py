@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, and_, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import access, cohort, events, published
@@ -136,6 +136,8 @@ def end(session: Session, *which: ColumnElement[bool], state: JobState, reason: 
 def refill(session: Session, run: Run, round: Round, now: datetime, pace: float) -> list[str]:
     """Draw anew for jobs that were lost, from clients that had no part yet; a lost client that is back takes its job up again."""
     plan = plan_of(run)
+    if plan.buffer is None and _taken(session, round) >= plan.cohort.target:
+        return []
     busy = at_work(session, run, round)
     if plan.buffer is None:
         answered = (Job.round_id == round.id, Job.kind == JobKind.train, Job.state == JobState.submitted)
@@ -161,6 +163,12 @@ def refill(session: Session, run: Run, round: Round, now: datetime, pace: float)
             )
             woken.append(client.id)
     return woken
+
+
+def _taken(session: Session, round: Round) -> int:
+    """How many of the round's training jobs are in work or in."""
+    mine = (Job.round_id == round.id, Job.kind == JobKind.train, Job.state.in_((*ACTIVE, JobState.submitted)))
+    return session.scalar(select(func.count()).where(*mine)) or 0
 
 
 def _returned(job: Job, client: Client) -> bool:
