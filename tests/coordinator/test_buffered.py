@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coordinator import retention, sweeping, verification
+from coordinator import publishing, retention, runs, sweeping, verification
 from coordinator.executors import open_executor
 from protocol import errors, slices
 from protocol.messages import Job
@@ -155,6 +155,31 @@ async def test_what_is_published_does_not_depend_on_the_order_of_arrival(federat
 
     assert found[0] == found[1]
     assert found[0][1] != found[2][1]
+
+
+async def test_a_version_that_a_dead_coordinator_left_half_made_is_made_by_the_next_without_what_came_meanwhile(
+    federation: Federation,
+) -> None:
+    await federation.enrol_many(4)
+    plan = buffered()
+    undisturbed = await follow(federation, await federation.open(plan), [(0, 1), (2, 0)])
+    run = await federation.open(plan)
+    one, two, three, _ = devices = federation.devices
+    held = {device.name: await device.take() for device in devices}
+    for device in (one, two):
+        await device.complete(held[device.name])
+    with federation.parts.database.write() as session:
+        runs.advance(session, run, federation.clock.now, 20)
+        (round_id,) = publishing.due(session, federation.clock.now)
+        assert publishing.claim(session, round_id, federation.clock.now) is not None
+
+    await work(federation, (three, held[three.name]))
+    assert (await federation.admin.run(run)).round == 0
+    federation.advance(publishing.CLAIM.total_seconds())
+    await work(federation, (one, await one.take()))
+
+    views = [await federation.admin.round(run, number) for number in range(3)]
+    assert [(view.adapter, view.slices) for view in views] == undisturbed
 
 
 async def test_a_slow_client_holds_nobody_up_and_counts_when_it_comes(federation: Federation) -> None:
