@@ -22,7 +22,10 @@ from threading import Lock
 import httpx
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["coordinator.__main__", "coordinator.app", "coordinator.server", "coordinator.schema", __name__])
+_parts = ("__main__", "app", "server", "schema", "aggregation.delta", "ranks.fixed")
+_forks.set_forkserver_preload([*(f"coordinator.{part}" for part in _parts), __name__])
+# Any start looks after all processes, and of two threads that ask after one only the first is told how it ended.
+_bookkeeping = Lock()
 
 
 def _command(arguments: Sequence[str], settings: dict[str, str], log: str) -> None:
@@ -61,24 +64,37 @@ class Service:
         environment = {f"HLORA_COORDINATOR_{name.upper()}": value for name, value in (self.settings | settings).items()}
         arguments = ["serve", "--port", str(self.port)]
         self._process = _forks.Process(target=_command, args=(arguments, environment, str(log)), daemon=True)
-        self._process.start()
+        with _bookkeeping:
+            self._process.start()
+        self._until(lambda: self._address() is not None or not self.alive)
+        self.port = self._address() or self.port
+
+    def _address(self) -> int | None:
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.said())
+        return None if found is None else int(found[1])
+
+    def _until(self, true: Callable[[], bool]) -> None:
         end = time.monotonic() + 60
-        while (found := re.search(r"http://127\.0\.0\.1:(\d+)", self.said())) is None and self.alive:
+        while not true():
             assert time.monotonic() < end, self.said()
             time.sleep(0.005)
-        self.port = self.port if found is None else int(found[1])
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.is_alive()
+        return self._process is not None and self._exit_code() is None
+
+    def _exit_code(self) -> int | None:
+        assert self._process is not None
+        with _bookkeeping:
+            return self._process.exitcode
 
     def end(self, how: signal.Signals = signal.SIGKILL) -> int | None:
         """Send it a signal if it lives; gives the exit code."""
         assert self._process is not None
-        if self._process.is_alive() and self._process.pid is not None:
+        if self.alive and self._process.pid is not None:
             os.kill(self._process.pid, how)
-        self._process.join(60)
-        return self._process.exitcode
+        self._until(lambda: not self.alive)
+        return self._exit_code()
 
     def revive(self) -> None:
         """Start it again if it was killed, however many notice."""
