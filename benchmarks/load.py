@@ -42,4 +42,4 @@ class Meter:
     def _now(self) -> tuple[float, ...]:
         machine = psutil.cpu_times()
         busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0)
-        return monotonic(), self.service.seconds(), processor_seconds(self.service.database), processor_seconds([psutil.Process()]), busy
+        return monotonic(), self.service.seconds(), self.service.database_seconds(), processor_seconds([psutil.Process()]), busy

@@ -129,7 +129,7 @@ def measure(service: Service, agents: int, megabytes: float, rounds: int, folder
 def _spent(service: Service, children: list[psutil.Process]) -> tuple[float, float, float, float]:
     machine = psutil.cpu_times()
     busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0)
-    return monotonic(), service.seconds() + processor_seconds(service.database), processor_seconds(children), busy
+    return monotonic(), service.seconds() + service.database_seconds(), processor_seconds(children), busy
 
 
 def _watch(service: Service, children: list[psutil.Process], run: str) -> tuple[int, int]:

@@ -25,12 +25,12 @@ GRACE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Service:
-    """A running coordinator, and the processes of its database where it has any."""
+    """A running coordinator, and its database's first process where it has any."""
 
     process: psutil.Process
     url: str
     operator: httpx.Client  # with an administrator's token
-    database: Sequence[psutil.Process] = ()
+    database: psutil.Process | None = None
 
     def resident_bytes(self) -> int:
         """What the coordinator has in memory."""
@@ -39,6 +39,15 @@ class Service:
     def seconds(self) -> float:
         """Processor seconds of the coordinator so far."""
         return processor_seconds([self.process])
+
+    def database_seconds(self) -> float:
+        """Processor seconds of the database's server so far, those of its processes that have ended, too."""
+        if self.database is None:
+            return 0.0
+        ended = self.database.cpu_times()
+        return float(ended.children_user + ended.children_system) + processor_seconds(
+            [self.database, *self.database.children(recursive=True)]
+        )
 
 
 def processor_seconds(processes: Sequence[psutil.Process]) -> float:
@@ -104,11 +113,8 @@ def _listening(child: subprocess.Popen[bytes], log: Path) -> str:
     raise errors.Unavailable(f"the coordinator did not start: {log.read_text('utf-8')[-2000:]}")
 
 
-def _of_server(folder: Path | None) -> list[psutil.Process]:
-    if folder is None:
-        return []
-    main = psutil.Process(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
-    return [main, *main.children(recursive=True)]
+def _of_server(folder: Path | None) -> psutil.Process | None:
+    return None if folder is None else psutil.Process(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
 
 
 @contextmanager
