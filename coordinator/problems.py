@@ -103,8 +103,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _of_defect)
 
 
-async def _of_ours(_: Request, error: Exception) -> JSONResponse:
+async def _of_ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HLoRAError)
+    if isinstance(error, errors.Unavailable):  # nobody's fault who asked: the operator must know
+        log.warning("unavailable", method=request.method, path=request.url.path, reason=str(error))
     return answer(error)
 
 

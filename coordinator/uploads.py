@@ -146,9 +146,12 @@ def announced_digest(repr_digest: str | None) -> str | None:
     if found is None:
         return None
     try:
-        return f"sha256:{base64.b64decode(found.group(1), validate=True).hex()}"
+        digest = base64.b64decode(found.group(1), validate=True)
     except binascii.Error:
         raise errors.InvalidRequest("Repr-Digest is not base64") from None
+    if len(digest) != 32:
+        raise errors.InvalidRequest(f"a SHA-256 has 32 bytes; that of Repr-Digest has {len(digest)}")
+    return f"sha256:{digest.hex()}"
 
 
 def written_digest(digest: str) -> str:

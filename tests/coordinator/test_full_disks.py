@@ -136,6 +136,7 @@ async def test_an_upload_waits_for_room_and_goes_on_where_it_was(disk: Disk, adm
         assert caught.value.retryable
     with pytest.raises(errors.InsufficientStorage, match="the database's disk is full"):
         await admin.invite()
+    assert "the coordinator's disk is full" in disk.log.read_text()
     assert (await device.head(job))["Upload-Offset"] == str(third)
     assert (await admin.job(job.run, job)).state is JobState.leased
 

@@ -323,7 +323,7 @@ async def test_more_bytes_than_are_lacking_are_refused(small: Federation) -> Non
 async def test_parts_name_the_digest_of_the_whole(small: Federation, digest: str) -> None:
     _, (device, *_), (job, *_) = await small.training(make_plan())
 
-    with pytest.raises((errors.InvalidRequest, errors.DigestMismatch)):
+    with pytest.raises(errors.InvalidRequest):
         await device.patch(job, b"x" * 9, 0, 9, headers={"Repr-Digest": digest})
 
     assert await told(device, job) == {"upload-offset": "0"}
