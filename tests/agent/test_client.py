@@ -209,6 +209,62 @@ async def test_a_small_slice_is_sent_in_one_piece_with_epoch_length_and_digest(t
     assert headers["repr-digest"] == f"sha-256=:{base64.b64encode(hashlib.sha256(DATA).digest()).decode()}:"
 
 
+def stands(offset: object) -> Response:
+    return Response(status_code=204, headers={"Upload-Offset": str(offset)})
+
+
+RECEIPT = JSONResponse({"digest": REF.digest, "bytes": REF.bytes})
+
+
+async def sent(server: Server, folder: Path, attempts: int = 6) -> list[tuple[str, str | None, bytes]]:
+    """Continue an upload; gives what was asked: method, offset, body."""
+    (folder / "slice").write_bytes(DATA)
+    async with server.client(attempts) as client:
+        await client.put_slice("job-1", 4, REF, folder / "slice", again=True)
+    return [(request.method, request.headers.get("upload-offset"), body) for request, body in zip(server.asked, server.bodies, strict=True)]
+
+
+async def test_an_upload_goes_on_where_the_coordinator_says_that_it_stands(tmp_path: Path) -> None:
+    asked = await sent(Server([stands(5), problem(errors.OffsetMismatch, offset=12), stands(15), RECEIPT]), tmp_path)
+    assert asked == [("HEAD", None, b""), *(("PATCH", str(n), DATA[n:]) for n in (5, 12, 15))]
+
+
+@pytest.mark.parametrize("offset", [5, 3, 10**6, "many", None])
+async def test_an_offset_that_cannot_be_is_asked_for_again(tmp_path: Path, offset: object) -> None:
+    asked = await sent(Server([stands(5), problem(errors.OffsetMismatch, offset=offset), stands(5), RECEIPT]), tmp_path)
+    assert [method for method, *_ in asked] == ["HEAD", "PATCH", "HEAD", "PATCH"]
+
+
+@pytest.mark.parametrize("offset", [len(DATA), "", "-1", "all"])
+async def test_a_coordinator_that_does_not_say_how_much_it_has_is_asked_again(tmp_path: Path, offset: object) -> None:
+    asked = await sent(Server([stands(offset), stands(5), RECEIPT]), tmp_path)
+    assert [method for method, *_ in asked] == ["HEAD", "HEAD", "PATCH"]
+
+
+async def test_the_reason_of_an_answer_without_a_body_is_in_its_link() -> None:
+    link = {"Link": f'</problems/{errors.JobOver.slug()}>; rel="type"'}
+    async with Server([Response(status_code=410, headers=link)]).client() as client:
+        with pytest.raises(errors.JobOver):
+            await client.me()
+
+
+async def test_a_server_that_knows_no_ranges_sends_everything_again(tmp_path: Path) -> None:
+    (tmp_path / "slice.part").write_bytes(DATA[:7])
+    server = Server([Response(DATA)])
+    async with server.client() as client:
+        assert await client.blob(REF, tmp_path / "slice") == len(DATA)
+    assert server.asked[0].headers["range"] == "bytes=7-"
+    assert server.asked[0].headers["if-range"] == f'"{REF.digest}"'
+    assert (tmp_path / "slice").read_bytes() == DATA
+
+
+async def test_a_home_folder_that_is_none_is_no_lack_of_room(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    async with Server([Response(DATA)]).client() as client:
+        with pytest.raises(OSError, match=r"(?i)not a directory|file exists"):
+            await client.blob(REF, tmp_path / "home" / "slice")
+
+
 @pytest.mark.parametrize("url", ["http://example.org", "http://10.1.2.3:8080", "http://localhost.example.org"])
 def test_a_credential_does_not_travel_in_the_clear_unless_that_is_allowed(url: str) -> None:
     with pytest.raises(errors.InsecureTransport, match="use https"):
