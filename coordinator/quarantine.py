@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 import structlog
-from sqlalchemy import ColumnElement, Select, delete, func, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import access, events, paging
@@ -28,6 +28,7 @@ from protocol.views import Page, QuarantineView
 log = structlog.get_logger()
 MOST = 10  # the newest contributions that are kept of one client
 NEWEST = (Quarantined.at.desc(), Quarantined.id.desc())
+ELSEWHERE = exists(select(Job.id).where(Job.id == Quarantined.job_id, Job.slice == Quarantined.digest))  # suspicious, but sound
 
 
 def keep(session: Session, job: Job, problem: str, reason: str, slice: BlobRef | None, now: datetime) -> None:
@@ -110,8 +111,8 @@ class Quarantine:
         """Keep the bytes of a slice, in place of the oldest here where there is no room; none where they cannot be kept."""
         if length > self.limit:
             return None
-        self._thin(self.limit - length)
         try:
+            self._thin(self.limit - length)
             return self.store.put_file(path, digest)
         except errors.Unavailable as error:  # a slice that cannot count is rejected all the same
             log.warning("rejected-slice-not-kept", digest=digest, reason=str(error))
@@ -145,7 +146,8 @@ class Quarantine:
             unnamed = _remove(session, Quarantined.at < self.database.clock(session) - self.lasting)
             turn = func.row_number().over(partition_by=Quarantined.client_id, order_by=NEWEST)
             unnamed += _remove(session, _beyond(turn, MOST))
-            unnamed += _give_up(session, _beyond(func.sum(Quarantined.bytes).over(order_by=NEWEST), limit))
+            held = func.sum(case((ELSEWHERE, 0), else_=Quarantined.bytes)).over(order_by=NEWEST)
+            unnamed += _give_up(session, and_(~ELSEWHERE, _beyond(held, limit)))
         self._delete(unnamed)
         return len(unnamed)
 

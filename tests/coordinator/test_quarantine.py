@@ -173,7 +173,7 @@ async def test_what_was_set_apart_is_given_up_after_its_time_and_orphans_with_it
 async def test_a_sound_contribution_that_is_suspicious_stays_where_it_lies_for_as_long_as_it_is_set_apart(
     sqlite_url: str, tmp_path: Path
 ) -> None:
-    async with open_federation(sqlite_url, tmp_path, keep_rounds=1, blobs_url="memory://suspicious") as federation:
+    async with open_federation(sqlite_url, tmp_path, keep_rounds=1, quarantine_bytes=1000, blobs_url="memory://suspicious") as federation:
         run, devices, held = await federation.training(make_plan(suspicious=3.0))
         far = await devices[0].trained(held[0], size=10.0)
         receipt = await devices[0].put_slice(held[0], far)
@@ -190,6 +190,7 @@ async def test_a_sound_contribution_that_is_suspicious_stays_where_it_lies_for_a
 
         assert len(swept) > 0
         assert digest(far) not in swept
+        assert await listed(federation.viewer) == [view]
         assert (await federation.admin.call("GET", f"/v1/quarantine/{view.id}/slice")).content == far
         await federation.admin.call("DELETE", f"/v1/quarantine/{view.id}")
         assert sweep(federation) == {digest(far)}
