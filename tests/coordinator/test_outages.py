@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from coordinator import outage, publishing, tables
+from coordinator import outage, parts, publishing, tables
 from protocol.messages import Job
 from protocol.states import JobState, RoundState, RunState
 from tests.federation import MINUTE, Clock, Federation, make_plan, open_federation
@@ -93,6 +93,20 @@ async def test_work_in_hand_outlives_an_outage_of_any_length(federation: Federat
 
     assert outages(federation) == [2 * 24 * 60 * MINUTE]
     assert (await federation.admin.round(run, 1)).contributions == 3
+
+
+async def test_half_an_upload_outlives_an_outage_in_which_it_would_have_been_given_up(federation: Federation) -> None:
+    _, (device, *_), (job, *_) = await federation.training(PLAN)
+    data = await device.trained(job)
+    half = await device.patch(job, data, 0, len(data) // 2)
+    with at_work(federation):
+        pass
+    federation.clock.now += 2 * parts.IDLE
+    with at_work(federation):
+        federation.parts.housekeeping.run_once()
+
+    assert (await device.head(job))["Upload-Offset"] == str(half)
+    await device.complete(job)
 
 
 async def test_after_an_outage_the_times_go_on_where_they_stood(federation: Federation) -> None:
