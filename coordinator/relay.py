@@ -52,7 +52,7 @@ class Relay:
 
     def __init__(self, engine: Engine, bell: Bell) -> None:
         _, parameters = engine.dialect.create_connect_args(engine.url)
-        self._parameters: dict[str, Any] = ALIVE | {"application_name": NAME} | parameters
+        self._parameters: dict[str, Any] = {**ALIVE, "application_name": NAME, **parameters}
         self._bell = bell
         self._lock = threading.Lock()
         self._outgoing: set[str] = set()
