@@ -30,7 +30,8 @@ from protocol.messages import Job
 from protocol.slices import Slice
 from protocol.states import ClientState, JobKind
 from tests.coordinator import hostile
-from tests.coordinator.machine import COUNTED, Held, World
+from tests.coordinator.machine import Held, World
+from tests.coordinator.witness import COUNTED
 from tests.federation import Device, make_plan, make_profile
 from tests.postgres import TEMPLATE, Server
 
