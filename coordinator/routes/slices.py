@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated
 
@@ -233,7 +232,7 @@ def get_blob(
     if (start, stop) != (0, size):
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     headers["Content-Length"] = str(stop - start)
-    body: Iterator[bytes] = context.blobs.chunks(digest, start, stop)
+    body = context.blobs.chunks(digest, start, stop)
     code = 206 if "Content-Range" in headers else 200
     return StreamingResponse(body, status_code=code, headers=headers, media_type="application/octet-stream")
 
