@@ -167,8 +167,10 @@ class Interleaving(RuleBasedStateMachine):
     @handling
     @rule(held=JOBS, site=SITES, start=st.integers(0, 2000), length=st.integers(0, 3000))
     def a_part_from_anywhere_is_sent(self, held: Held, site: int, start: int, length: int) -> None:
-        """Taken only from where the upload stands, unless it is whole already."""
-        row, data = self.world.job(held.job), held.trained()
+        """Taken only from where an upload stands that has begun, unless it is whole already."""
+        data = held.trained()
+        self.says(held, self.device(held, site).patch(held.job, data, 0, 500))
+        row = self.world.job(held.job)
         there = start == self.world.standing_at(held, slices.digest(data)) or row["slice"] == slices.digest(data)
         assert not self.says(held, self.device(held, site).patch(held.job, data, start, start + length)) or there
 
@@ -238,8 +240,11 @@ class Interleaving(RuleBasedStateMachine):
     def the_clock_jumps(self, seconds: float) -> None:
         self.world.clock.advance(seconds)
 
-    @rule(site=SITES)
-    def the_house_is_kept(self, site: int) -> None:
+    @handling
+    @rule(held=JOBS, site=SITES)
+    def the_house_is_kept(self, held: Held, site: int) -> None:
+        """While a slice is on its way, if it can be."""
+        self.tries(self.device(held, site).patch(held.job, held.trained(), 0, 500))
         self.world.keep_house(site)
 
     @rule(site=SITES)
