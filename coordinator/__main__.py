@@ -180,7 +180,7 @@ def sweep(
         before = now - timedelta(seconds=settings.sweep_grace_seconds)
         batches = sweeping.orphans(database, blobs, before) if dry_run else sweeping.sweep(database, blobs, before)
         found = [{"digest": blob.digest, "bytes": blob.bytes, "put": blob.modified.isoformat()} for batch in batches for blob in batch]
-        files = list(sweeping.leftovers(blobs, settings.spool_folder, now))
+        files = list(sweeping.leftovers(blobs, settings.spool_folder))
         if not dry_run:
             sweeping.clear(files)
     verb = "would delete" if dry_run else "deleted"

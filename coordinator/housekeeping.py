@@ -118,8 +118,8 @@ class Housekeeping:
                 events.record(session, now, "blobs-swept", blobs=blobs, bytes=size)
         return blobs
 
-    def _files(self, now: datetime) -> int:
-        return sweeping.clear(sweeping.leftovers(self._blobs, self._settings.spool_folder, now))
+    def _files(self, _: datetime) -> int:
+        return sweeping.clear(sweeping.leftovers(self._blobs, self._settings.spool_folder))
 
     def _grace(self, now: datetime) -> datetime:
         return now - timedelta(seconds=self._settings.sweep_grace_seconds)

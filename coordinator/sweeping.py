@@ -22,9 +22,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -156,13 +157,14 @@ def sweep(database: Database, blobs: Blobs, before: datetime) -> Iterator[list[S
             yield [found[digest] for digest in finish(database, blobs) if digest in found]
 
 
-def leftovers(blobs: Blobs, spool: Path, now: datetime) -> Iterator[Path]:
+def leftovers(blobs: Blobs, spool: Path) -> Iterator[Path]:
     """What puts, uploads and merges that were cut off have left: files, and folders of files, that nobody writes to any more."""
+    still = time.time() - STILL.total_seconds()  # by the clock of the files, not by the database's
     for path in (*blobs.unfinished(), *spool.glob("upload-*"), *Path(tempfile.gettempdir()).glob(f"{GROWING}*")):
         with suppress(FileNotFoundError):  # finished since the folder was read
             facts = [path.lstat(), *(each.lstat() for each in path.glob("*"))]
             # In a folder that others may write to, a name proves nothing.
-            if facts[0].st_uid == os.geteuid() and datetime.fromtimestamp(max(each.st_mtime for each in facts), UTC) < now - STILL:
+            if facts[0].st_uid == os.geteuid() and max(each.st_mtime for each in facts) < still:
                 yield path
 
 

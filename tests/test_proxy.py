@@ -20,6 +20,7 @@ class Echo:
     """A server that keeps what comes, and sends it back when its first direction has ended."""
 
     came: bytearray = field(default_factory=bytearray)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     lost: bool = False
     port: int = 0
@@ -28,6 +29,7 @@ class Echo:
         try:
             while block := await reader.read(1000):
                 self.came += block
+                self.begun.set()
             writer.write(self.came)
             await writer.drain()
         except ConnectionResetError:
@@ -165,8 +167,7 @@ async def test_a_link_that_is_closed_closes_its_connections() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
         writer.write(b"half a word")
         await writer.drain()
-        while not server.came:
-            await asyncio.sleep(0)
+        await server.begun.wait()
     assert await reader.read() == b""
     writer.close()
 
