@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,13 @@ def test_the_quick_benchmark_prints_json_lines() -> None:
     assert [found.clients for found in merges] == [20, 20, 100]
     assert all(found.certificate_error < 0.01 and found.error_ratio < 1.005 for found in merges)
     assert len(lines) == 5
+
+
+def test_the_fuzzer_finds_nothing_in_a_short_run_or_says_what_it_needs() -> None:
+    told = CliRunner().invoke(app, ["fuzz", "--runs", "500", "--json"])
+    if find_spec("atheris") is None:
+        assert told.exit_code == 2
+        assert "pip install" in told.output
+    else:
+        assert told.exit_code == 0, told.output
+        assert json.loads(told.output)["executions"] >= 500

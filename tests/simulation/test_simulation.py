@@ -16,9 +16,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from agent.data import Part
 from modelling.layout import resolve
+from protocol import errors
 from protocol.plan import Plan
 from protocol.states import RoundState, RunState
 from simulation import device
+from simulation.__main__ import read_plan
 from simulation.federation import federation
 from tests.tiny import tiny_encoder
 
@@ -158,3 +160,13 @@ def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Pa
     assert [json.loads(line)["number"] for line in told] == [0, 1]
     assert refused.returncode == 1
     assert refused.stderr.startswith("The device's data do not fit the job:")
+
+
+def test_a_plan_file_that_makes_no_plan_is_refused_with_the_line_at_fault(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text("name = ")
+    with pytest.raises(errors.InvalidPlan, match="is no TOML"):
+        read_plan(file, {})
+    file.write_text('name = "words"\nrounds = 0\n')
+    with pytest.raises(errors.InvalidPlan, match="plan.toml: "):
+        read_plan(file, {"seed": None})
