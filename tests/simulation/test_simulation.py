@@ -168,5 +168,5 @@ def test_a_plan_file_that_makes_no_plan_is_refused_with_the_line_at_fault(tmp_pa
     with pytest.raises(errors.InvalidPlan, match="is no TOML"):
         read_plan(file, {})
     file.write_text('name = "words"\nrounds = 0\n')
-    with pytest.raises(errors.InvalidPlan, match="plan.toml: "):
+    with pytest.raises(errors.InvalidPlan, match=r"plan\.toml: "):
         read_plan(file, {"seed": None})
