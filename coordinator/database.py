@@ -73,18 +73,17 @@ def claimed(url: str) -> Iterator[None]:
 
     Raises Conflict if another coordinator is at work on the file.
     """
-    parsed = _parsed(url)
-    if parsed.get_backend_name() != "sqlite":
+    file = sqlite_file(url)
+    if file is None:
         yield
         return
-    path = Path(f"{parsed.database}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{file}.lock").open("a") as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it ends
         except BlockingIOError:
             raise errors.Conflict(
-                f"another coordinator is at work on {parsed.database}, and one SQLite file serves one: stop that one first, or "
+                f"another coordinator is at work on {file}, and one SQLite file serves one: stop that one first, or "
                 "set HLORA_COORDINATOR_DATABASE_URL to a PostgreSQL database, which serves several"
             ) from None
         yield
