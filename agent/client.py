@@ -5,9 +5,6 @@ Every request but enrolment may be repeated and is, after a failure that may pas
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +13,7 @@ import httpx
 from pydantic import BaseModel, SecretStr
 
 from agent.answers import read, seconds_after
-from agent.connection import ANSWER_SECONDS, BRIEF, ONCE, PATIENT, Connection, Retry
+from agent.connection import ANSWER_SECONDS, BRIEF, ONCE, Connection, Retry
 from agent.transfers import Download, Moved, Upload, silent
 from protocol.messages import (
     BlobRef,
@@ -34,39 +31,14 @@ from protocol.messages import (
 )
 
 
-class Client:
-    """One coordinator. Network and time are whatever it is built with."""
-
-    def __init__(
-        self,
-        url: str,
-        credential: SecretStr | None = None,
-        *,
-        transport: httpx.AsyncBaseTransport | None = None,
-        insecure: bool = False,
-        ca_file: Path | None = None,
-        proxy: str | None = None,
-        retry: Retry = PATIENT,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        chance: random.Random | None = None,
-    ) -> None:
-        self._connection = Connection(
-            url,
-            credential,
-            transport=transport,
-            insecure=insecure,
-            ca_file=ca_file,
-            proxy=proxy,
-            retry=retry,
-            sleep=sleep,
-            chance=chance,
-        )
+class Client(Connection):
+    """The connection to one coordinator, with a method for each route."""
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._connection.close()
+        await self.close()
 
     async def enrol(self, token: SecretStr, enrol: Enrol) -> Enrolled:
         """Redeem an enrolment token. Tried once: a second try would use the token up again."""
@@ -89,7 +61,7 @@ class Client:
 
     async def blob(self, ref: BlobRef, file: Path, moved: Moved = silent) -> int:
         """Fetch immutable bytes into a file, which is there only when it is whole and right; gives the bytes that travelled."""
-        return await Download(self._connection, ref, file, moved).run()
+        return await Download(self, ref, file, moved).run()
 
     async def renew(self, job: str, progress: Progress) -> Renewal:
         """Keep the lease, and say how far the work is."""
@@ -103,7 +75,7 @@ class Client:
         self, job: str, epoch: int, ref: BlobRef, file: Path, moved: Moved = silent, *, again: bool = False
     ) -> SliceReceipt:
         """Send the trained slice; `again` if some of it may be there already."""
-        return await Upload(self._connection, f"/v1/jobs/{job}/slice", epoch, ref, file, moved, again).run()
+        return await Upload(self, f"/v1/jobs/{job}/slice", epoch, ref, file, moved, again).run()
 
     async def put_result(self, job: str, result: Result) -> ResultReceipt:
         """Answer the job."""
@@ -121,6 +93,6 @@ class Client:
         retry: Retry | None = None,
     ) -> httpx.Response:
         async def once() -> httpx.Response:
-            return await self._connection.once(method, path, body=body, headers=headers, credential=credential, patience=patience)
+            return await self.once(method, path, body=body, headers=headers, credential=credential, patience=patience)
 
-        return await self._connection.repeat(once, retry)
+        return await self.repeat(once, retry)
