@@ -25,6 +25,7 @@ import typer
 from pydantic import BaseModel
 
 from agent.settings import Settings
+from benchmarks import plain
 from benchmarks.line import Answer, Line
 from benchmarks.load import Load, Meter
 from benchmarks.machine import Machine, this_machine
@@ -132,27 +133,12 @@ def _trained(job: dict[str, Any], numbers: bytes) -> bytes:
 
 def plan(agents: int, megabytes: float) -> Plan:
     """One round of all agents, a tiny module, and one tensor that makes the slice as large as wanted."""
-    layout = {
-        "modules": {"module": [2, 2]},
-        "full": {"tensor": [round(megabytes * 1e6 / 4)]},
-        "base": {"parameters": 1000, "layers": 1, "hidden": 2, "vocabulary": 10},
-    }
-    return Plan.model_validate(
-        {
-            "name": "fleet",
-            "model": {"id": "none", "fingerprint": f"sha256:{0:064}"},
-            "task": {"kind": "causal-lm"},
-            "data": "rows",
-            "adapter": {"modules": "all-linear"},
-            "layout": layout,
-            "training": {"learning_rate": 0.001},
-            "strategy": {"name": "fedavg"},
-            "ranks": {"name": "fixed", "ladder": [1]},
-            "cohort": {"target": agents, "quorum": 1},
-            "times": {"lease": 3600, "no_progress": 3600, "job": 3600},
-            "evaluation": {"every": 0},
-            "rounds": 1,
-        }
+    return plain.plan(
+        "fleet",
+        {"tensor": [round(megabytes * 1e6 / 4)]},
+        cohort={"target": agents, "quorum": 1},
+        times={"lease": 3600, "no_progress": 3600, "job": 3600},
+        rounds=1,
     )
 
 

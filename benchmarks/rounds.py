@@ -28,6 +28,7 @@ from agent.client import Client
 from agent.loop import Loop
 from agent.policy import Policy
 from agent.training import Outcome, Standing, Tell
+from benchmarks import plain
 from benchmarks.machine import Machine, this_machine
 from benchmarks.service import Service, database, file_system, processor_seconds, serving, workplace
 from protocol import errors
@@ -67,27 +68,8 @@ class Rounds(BaseModel):
 def plan(agents: int, megabytes: float, rounds: int) -> Plan:
     """A plain mean of `ARRAYS` float32 arrays that together have that size."""
     side = max(1, round(megabytes * 1e6 / 4 / ARRAYS))
-    layout = {
-        "modules": {"module": [2, 2]},
-        "full": {f"array {number:03}": [side] for number in range(ARRAYS)},
-        "base": {"parameters": 1000, "layers": 1, "hidden": 2, "vocabulary": 10},
-    }
-    return Plan.model_validate(
-        {
-            "name": "rounds",
-            "model": {"id": "none", "fingerprint": f"sha256:{0:064}"},
-            "task": {"kind": "causal-lm"},
-            "data": "rows",
-            "adapter": {"modules": "all-linear"},
-            "layout": layout,
-            "training": {"learning_rate": 0.001},
-            "strategy": {"name": "fedavg"},
-            "ranks": {"name": "fixed", "ladder": [1]},
-            "cohort": {"target": agents, "quorum": agents},
-            "evaluation": {"every": 0},
-            "rounds": rounds,
-        }
-    )
+    full = {f"array {number:03}": [side] for number in range(ARRAYS)}
+    return plain.plan("rounds", full, cohort={"target": agents, "quorum": agents}, rounds=rounds)
 
 
 def change_one_number(job: Job, start: Slice, tell: Tell) -> Outcome:
