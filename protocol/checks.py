@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from protocol import errors
-from protocol.plan import Dtype, Layout
+from protocol.plan import Dtype, Layout, Sides
 from protocol.slices import TORCH_DTYPES, WIRE_NAMES, Factors, Header, names
 
 
@@ -24,6 +24,8 @@ class Expected:
     dtype: Dtype
     base: str  # digest of the slice that was handed out
     round: int
+    directions: tuple[int, ...] | None = None  # those of it that were trained; all if none
+    sides: Sides = Sides.both
 
 
 def check_header(header: Header, expected: Expected) -> None:
@@ -37,7 +39,7 @@ def check_header(header: Header, expected: Expected) -> None:
     ):
         if came != wanted:
             raise errors.MismatchedSlice(f"the slice's {what} is {came}; the job's is {wanted}", expected=wanted, came=came)
-    wanted_shapes = names(expected.layout, expected.rank)
+    wanted_shapes = names(expected.layout, expected.rank, expected.sides)
     missing = sorted(wanted_shapes.keys() - header.entries.keys())
     extra = sorted(header.entries.keys() - wanted_shapes.keys())
     if missing or extra:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.plan import Adapter, Dtype, Layout, Model, Task, Training
+from protocol.plan import Adapter, Dtype, Layout, Model, Sides, Task, Training
 from protocol.states import ClientState, JobKind, JobState
 from protocol.strict import Digest, Name, Strict
 
@@ -161,6 +161,11 @@ class Job(Strict):
     scale: float
     seed: int = Field(description="seed of all randomness of this job")
     slice: BlobRef = Field(description="where to start from")
+    directions: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        description="those of the slice that are trained, in the order in which they come back; the others stay frozen; all if none",
+    )
+    sides: Sides = Field(default=Sides.both, description="the factors that are trained and come back")
     lease: Lease
     remaining_seconds: float = Field(description="until the job's deadline")
     max_upload_bytes: Bytes

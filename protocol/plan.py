@@ -35,6 +35,13 @@ class Dtype(StrEnum):
         return 4 if self is Dtype.float32 else 2
 
 
+class Sides(StrEnum):
+    """Which factors of its directions a client trains, and sends back."""
+
+    both = "both"
+    b = "b"  # a stays as it was handed out
+
+
 class Model(Strict):
     """The base model, by hub id or by a path that is the same on every device."""
 

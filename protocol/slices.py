@@ -2,6 +2,8 @@
 
     factors/<module>/a   (r, n_in)        factors/<module>/b   (n_out, r)        full/<tensor>   as the model has it
 
+Where a job trains b alone, a does not travel back.
+
 The label stands in the file's metadata under one key, as JSON: metadata with several keys come out of the safetensors
 library in an order that changes from process to process, and a slice's name is the digest of its bytes.
 """
@@ -21,7 +23,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from protocol import errors
-from protocol.plan import LARGEST_RANK, Dtype, Layout
+from protocol.plan import LARGEST_RANK, Dtype, Layout, Sides
 from protocol.strict import Digest, Strict
 
 LABEL_KEY = "hlora"
@@ -80,21 +82,22 @@ class Header:
     length: int  # bytes of the whole file
 
 
-def names(layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
+def names(layout: Layout, rank: int, sides: Sides = Sides.both) -> dict[str, tuple[int, ...]]:
     """Every tensor of a slice and its shape, in the order of the file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module, (n_out, n_in) in layout.modules.items():
-        shapes[f"factors/{module}/a"] = (rank, n_in)
+        if sides is Sides.both:
+            shapes[f"factors/{module}/a"] = (rank, n_in)
         shapes[f"factors/{module}/b"] = (n_out, rank)
     shapes.update({f"full/{name}": tuple(shape) for name, shape in layout.full.items()})
     return shapes
 
 
-def head(layout: Layout, label: Label, dtype: Dtype) -> bytes:
+def head(layout: Layout, label: Label, dtype: Dtype, sides: Sides = Sides.both) -> bytes:
     """The first bytes of a slice, up to its first number: length, then header, padded to eight bytes."""
     table: dict[str, object] = {"__metadata__": {LABEL_KEY: label.model_dump_json(exclude_none=True)}}
     offset = 0
-    for name, shape in names(layout, label.rank).items():
+    for name, shape in names(layout, label.rank, sides).items():
         size = dtype.size * int(torch.Size(shape).numel())
         table[name] = {"dtype": WIRE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
@@ -115,19 +118,20 @@ def numbers(tensor: Tensor, dtype: Dtype) -> bytes:
     return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).view(bits).numpy().tobytes()
 
 
-def tensors(slice: Slice, layout: Layout) -> Iterator[Tensor]:
+def tensors(slice: Slice, layout: Layout, sides: Sides = Sides.both) -> Iterator[Tensor]:
     """A slice's tensors in the order of the file."""
     for module in layout.modules:
-        yield slice.factors[module].a
+        if sides is Sides.both:
+            yield slice.factors[module].a
         yield slice.factors[module].b
     for name in layout.full:
         yield slice.full[name]
 
 
-def parts(slice: Slice, layout: Layout, dtype: Dtype) -> Iterator[bytes]:
+def parts(slice: Slice, layout: Layout, dtype: Dtype, sides: Sides = Sides.both) -> Iterator[bytes]:
     """A slice's file, one tensor at a time. Equal slices give equal bytes."""
-    yield head(layout, slice.label, dtype)
-    for tensor in tensors(slice, layout):
+    yield head(layout, slice.label, dtype, sides)
+    for tensor in tensors(slice, layout, sides):
         yield numbers(tensor, dtype)
 
 
