@@ -66,7 +66,7 @@ async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Id
     """Redeem an enrolment token and keep the credential. Raises Unauthenticated, EnrolmentOver, NameTaken, InsecureTransport."""
     async with connect(settings, url) as client:
         found = profile(settings.folder, policy.load(settings.folder))
-        enrolled = await client.enrol(token, Enrol(name=name, profile=found))
+        enrolled = await client.enrol(token, Enrol(name=name, profile=found, key=identity.key(settings.folder, url, name)))
     who = Identity(url=url, id=enrolled.id, name=name, credential=enrolled.credential)
     identity.save(who, settings.folder)
     return who

@@ -1,6 +1,6 @@
 """The coordinator as the agent sees it: one method per route; a problem becomes the error that the coordinator raised.
 
-Every request but enrolment may be repeated and is, after a failure that may pass, with growing random pauses.
+Every request may be repeated and is, after a failure that may pass, with growing random pauses.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Client(Connection):
         await self.close()
 
     async def enrol(self, token: SecretStr, enrol: Enrol) -> Enrolled:
-        """Redeem an enrolment token. Tried once: a second try would use the token up again."""
-        response = await self._send("POST", "/v1/clients", body=enrol, credential=token, retry=ONCE)
+        """Redeem an enrolment token; without a key of our own once, for a second try would use the token up again."""
+        response = await self._send("POST", "/v1/clients", body=enrol, credential=token, retry=BRIEF if enrol.key else ONCE)
         return read(response, Enrolled)
 
     async def me(self) -> ClientSelf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from protocol import errors
 from protocol.strict import Strict
 
 FILE = "credential.json"
+ASKED = "enrolling.json"
 
 
 class Identity(Strict):
@@ -20,6 +22,14 @@ class Identity(Strict):
     id: str
     name: str
     credential: str
+
+
+class _Asked(Strict):
+    """An enrolment that was asked for."""
+
+    url: str
+    name: str
+    key: str
 
 
 def load(home: Path) -> Identity:
@@ -32,11 +42,31 @@ def load(home: Path) -> Identity:
         raise errors.Unauthenticated(f"{home / FILE} cannot be read ({type(error).__name__}); mend it or enrol again") from None
 
 
+def key(home: Path, url: str, name: str) -> str:
+    """The credential with which this home asks to become that client: the same however often it asks, for an answer may be lost."""
+    asked = _Asked(url=url, name=name, key=f"hlc_{secrets.token_urlsafe(32)}")
+    try:
+        before = _Asked.model_validate_json((home / ASKED).read_bytes())
+        if (before.url, before.name) == (url, name):
+            return before.key
+    except (OSError, ValidationError):
+        pass  # nobody asked, or nothing of it is left
+    _write(home / ASKED, asked)
+    return asked.key
+
+
 def save(identity: Identity, home: Path) -> None:
     """Write the identity so that it is whole at every instant and readable by its owner only."""
-    home.mkdir(parents=True, exist_ok=True)
-    new = home / f"{FILE}.new"
+    _write(home / FILE, identity)
+    (home / ASKED).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Strict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(identity.model_dump_json(indent=2))
-    new.replace(home / FILE)
+        file.write(content.model_dump_json(indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

@@ -52,13 +52,17 @@ def revoke_enrolment(session: Session, id: str) -> None:
 def enrol(session: Session, enrolment_id: str, request: Enrol, now: datetime) -> Enrolled:
     """Make a client, and take one use from the enrolment token in the same statement that checks it.
 
-    Raises EnrolmentOver, NameTaken.
+    Who asks again with the key of a client that this token made gets its answer again. Raises EnrolmentOver, NameTaken.
     """
+    secret = request.key or access.new_secret(access.Kind.client)
+    session.get_one(Enrolment, enrolment_id, with_for_update=True)  # whoever asks twice at once is answered twice the same
+    again = (Client.enrolment_id == enrolment_id, Client.name == request.name, Client.digest == access.digest(secret))
+    if (id := session.scalar(select(Client.id).where(*again))) is not None:
+        return Enrolled(id=id, credential=secret)
     usable = (Enrolment.id == enrolment_id, Enrolment.uses_left > 0, Enrolment.expires_at > now, Enrolment.revoked.is_(False))
     labels = session.scalar(update(Enrolment).where(*usable).values(uses_left=Enrolment.uses_left - 1).returning(Enrolment.labels))
     if labels is None:
         raise errors.EnrolmentOver("this enrolment token is expired, used up or revoked; ask an operator for a new one")
-    secret = access.new_secret(access.Kind.client)
     client = Client(
         id=access.new_id("client"),
         name=request.name,

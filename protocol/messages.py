@@ -61,10 +61,16 @@ class Enrol(Strict):
 
     name: Name
     profile: Profile
+    key: str | None = Field(
+        default=None,
+        repr=False,
+        pattern=r"^hlc_[A-Za-z0-9_-]{43}$",
+        description="a credential of 256 random bits that the caller made for itself; with it the same request may be sent again",
+    )
 
 
 class Enrolled(Strict):
-    """The client's identity; the credential is told this once."""
+    """The client's identity; the credential is told this once, or as often as it is asked for with its own key."""
 
     id: str
     credential: str

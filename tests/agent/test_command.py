@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import structlog
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from agent import identity
 from agent.__main__ import app
+from agent.client import Client
 from agent.identity import Identity
 from protocol import errors
+from protocol.messages import Enrol
 from tests.agent.work import catalogue
+from tests.federation import Federation, make_profile
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
 WHO = Identity(url=NOWHERE, id="client-1", name="device", credential="the secret")
@@ -131,3 +137,33 @@ def test_enrolment_asks_for_what_it_is_not_told_and_does_not_show_the_token(tmp_
     assert result.exit_code == 1
     assert "does not answer" in result.output
     assert "the token" not in result.output
+
+
+async def test_an_enrolment_whose_answer_was_lost_is_asked_for_again(federation: Federation, tmp_path: Path) -> None:
+    token = (await federation.admin.invite(uses=1)).token
+    url, link = "http://localhost:1", Link(httpx.ASGITransport(app=federation.app))
+    asked = Enrol(name="device", profile=make_profile(), key=identity.key(tmp_path, url, "device"))
+
+    async with Client(url, transport=link) as client:
+        enrolled = await client.enrol(SecretStr(token), asked)
+
+    assert link.answers == 2
+    assert enrolled.credential == asked.key == identity.key(tmp_path, url, "device")
+    assert stat.S_IMODE((tmp_path / "enrolling.json").stat().st_mode) == 0o600
+    identity.save(Identity(url=url, id=enrolled.id, name="device", credential=enrolled.credential), tmp_path)
+    assert identity.key(tmp_path, url, "device") != asked.key
+
+
+@dataclass
+class Link(httpx.AsyncBaseTransport):
+    """Loses the first answer."""
+
+    to: httpx.AsyncBaseTransport
+    answers: int = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await self.to.handle_async_request(request)
+        self.answers += 1
+        if self.answers == 1:
+            raise httpx.ReadError("the connection was cut", request=request)
+        return response

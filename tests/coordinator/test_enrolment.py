@@ -20,8 +20,11 @@ from tests.federation import Caller, Federation, make_plan, make_profile, read, 
 PROFILE = make_profile().model_dump(mode="json")
 
 
-def enrol(federation: Federation, token: str, name: str = "device", profile: Any = PROFILE) -> Any:
-    return Caller(federation.http, token).call("POST", "/v1/clients", json={"name": name, "profile": profile})
+KEY = f"hlc_{'k' * 43}"
+
+
+def enrol(federation: Federation, token: str, name: str = "device", profile: Any = PROFILE, **more: Any) -> Any:
+    return Caller(federation.http, token).call("POST", "/v1/clients", json={"name": name, "profile": profile, **more})
 
 
 async def test_a_machine_enrols_and_knows_itself(federation: Federation) -> None:
@@ -45,6 +48,31 @@ async def test_an_invitation_is_good_for_its_uses_however_many_come_at_once(fede
     assert sorted(response.status_code for response in responses) == [201] * 3 + [410] * 5
     assert all(isinstance(refusal(r), errors.EnrolmentOver) for r in responses if r.status_code == 410)
     assert len((await federation.admin.get("/v1/clients", Page[ClientView])).items) == 3
+
+
+async def test_a_lost_answer_is_asked_for_again_with_the_callers_own_key(federation: Federation) -> None:
+    invitation = await federation.admin.invite(uses=2)
+
+    answers = await asyncio.gather(*(enrol(federation, invitation.token, key=KEY) for _ in range(3)))
+
+    first, *others = [read(answer, Enrolled) for answer in answers]
+    assert others == [first, first]
+    assert first.credential == KEY
+    assert (await Caller(federation.http, KEY).call("GET", "/v1/clients/me")).json()["id"] == first.id
+    (view,) = (await federation.admin.get("/v1/enrolments", Page[EnrolmentView])).items
+    assert view.uses_left == 1
+    assert isinstance(refusal(await enrol(federation, invitation.token, key=KEY[:-1] + "-")), errors.NameTaken)
+    (view,) = (await federation.admin.get("/v1/enrolments", Page[EnrolmentView])).items
+    assert view.uses_left == 1
+
+
+async def test_a_key_that_is_none_is_refused_and_not_repeated(small: Federation) -> None:
+    invitation = await small.admin.invite()
+
+    response = await enrol(small, invitation.token, key="hlc_too-short-for-a-secret")
+
+    assert isinstance(refusal(response), errors.InvalidRequest)
+    assert "too-short" not in response.text
 
 
 async def test_an_invitation_ends_with_its_time(small: Federation) -> None:
