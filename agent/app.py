@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -73,7 +76,10 @@ async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Id
 
 
 async def run(settings: Settings) -> None:
-    """Work until SIGTERM or SIGINT; the job in hand is then given back. Raises what asking again cannot mend."""
+    """Work until SIGTERM or SIGINT; the job in hand is then given back. Raises what asking again cannot mend.
+
+    Also Conflict, where another agent is at work in the same home folder.
+    """
     # Model libraries take seconds to import; enrolling and looking around need none.
     from agent.checkpoints import Checkpoints
     from agent.loop import Loop
@@ -81,11 +87,23 @@ async def run(settings: Settings) -> None:
 
     home = settings.folder
     who, allowed = identity.load(home), policy.load(home)
-    async with connect(settings, who.url, SecretStr(who.credential)) as client:
-        trainer = Trainer(data.load(home), allowed, checkpoints=Checkpoints(home / "work", settings.checkpoint_seconds))
-        loop = Loop(client, trainer, allowed, home, settings.wait_seconds)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, loop.stopping.set)
-        log.info("agent-started", client=who.name, coordinator=who.url)
-        await loop.run(await asyncio.to_thread(profile, home, allowed))
-        log.info("agent-stopped")
+    with _alone(home):
+        async with connect(settings, who.url, SecretStr(who.credential)) as client:
+            trainer = Trainer(data.load(home), allowed, checkpoints=Checkpoints(home / "work", settings.checkpoint_seconds))
+            loop = Loop(client, trainer, allowed, home, settings.wait_seconds)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, loop.stopping.set)
+            log.info("agent-started", client=who.name, coordinator=who.url)
+            await loop.run(await asyncio.to_thread(profile, home, allowed))
+            log.info("agent-stopped")
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Keep other agents from a home folder while the block lasts: two would take each other's work for their own."""
+    with (home / "agent.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it ends
+        except BlockingIOError:
+            raise errors.Conflict(f"another agent is at work in {home}; stop it first, or enrol a second one with its own --home") from None
+        yield

@@ -65,6 +65,21 @@ async def said(process: asyncio.subprocess.Process) -> tuple[str, str]:
     return out.decode(), err.decode()
 
 
+async def test_a_second_agent_in_the_same_home_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+    catalogue(tmp_path)
+    await asyncio.to_thread((tmp_path / "datasets.toml").write_text, DATASETS)
+    async with open_federation(sqlite_url, tmp_path / "coordinator") as federation, served(federation.app) as url:
+        token = (await federation.admin.invite()).token
+        await app.enrol(Settings(home=tmp_path), url, "device", SecretStr(token))
+        agents = [await agent(tmp_path, "run") for _ in range(2)]
+        told = {asyncio.create_task(process.communicate()): process for process in agents}
+        (ended,), (waiting,) = await asyncio.wait(told, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+        assert told[ended].returncode == 1
+        assert f"another agent is at work in {tmp_path}" in ended.result()[1].decode()
+        told[waiting].kill()
+        await waiting
+
+
 async def test_sigterm_gives_the_job_back_and_ends_well(sqlite_url: str, tmp_path: Path, encoder: Path) -> None:
     catalogue(tmp_path)
     await asyncio.to_thread((tmp_path / "datasets.toml").write_text, DATASETS)
