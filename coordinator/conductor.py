@@ -31,7 +31,7 @@ from protocol.errors import HLoRAError, Unavailable
 from protocol.plan import Plan
 
 log = structlog.get_logger()
-BRIEF = 0.02  # seconds: after a look that took longer, a rest follows
+BRIEF = 0.02  # processor seconds: after a look that took more, a rest follows
 RESTS = 9.0  # times as long as the look
 
 
@@ -74,10 +74,10 @@ class Conductor:
         merging = threading.Thread(target=self._merge_on, args=(stop, closed, longest_pause), name="merging")
         merging.start()
         while not stop.is_set():
-            began = time.monotonic()
+            began = time.thread_time()  # not the clock: a look that waited for others to work would make them wait in turn
             self._attend(self._look)
             closed.set()
-            took = time.monotonic() - began
+            took = time.thread_time() - began
             if took > BRIEF:  # a large fleet calls all the time: most of it is left to those who answer the fleet
                 stop.wait(min(longest_pause, RESTS * took))
             self._bell.await_conductor_call(min(longest_pause, outage.BEAT.total_seconds()))
