@@ -14,7 +14,7 @@ from pydantic import BaseModel, SecretStr
 
 from agent.answers import read, seconds_after
 from agent.connection import ANSWER_SECONDS, BRIEF, ONCE, Connection, Retry
-from agent.transfers import Download, Moved, Upload, silent
+from agent.transfers import PART, Download, Moved, Upload, silent
 from protocol.messages import (
     BlobRef,
     ClientSelf,
@@ -72,10 +72,10 @@ class Client(Connection):
         await self._send("DELETE", f"/v1/jobs/{job}/lease", body=given, retry=BRIEF)
 
     async def put_slice(
-        self, job: str, epoch: int, ref: BlobRef, file: Path, moved: Moved = silent, *, again: bool = False
+        self, job: str, epoch: int, ref: BlobRef, file: Path, moved: Moved = silent, *, again: bool = False, part: int = PART
     ) -> SliceReceipt:
-        """Send the trained slice; `again` if some of it may be there already."""
-        return await Upload(self, f"/v1/jobs/{job}/slice", epoch, ref, file, moved, again).run()
+        """Send the trained slice, so many bytes first; `again` if some of it may be there already."""
+        return await Upload(self, f"/v1/jobs/{job}/slice", epoch, ref, file, moved, again, part).run()
 
     async def put_result(self, job: str, result: Result) -> ResultReceipt:
         """Answer the job."""

@@ -14,6 +14,7 @@ from agent.connection import may_pass
 from agent.held import Held, Link
 from agent.outbox import Entry, Outbox
 from agent.training import Standing
+from agent.transfers import part_bytes
 from protocol import crash, errors
 from protocol.crash import Point
 from protocol.messages import Progress
@@ -79,7 +80,8 @@ class Courier:
             held.standing = Standing("upload", count, ref.bytes)
 
         moved(0)
-        await self.client.put_slice(job.id, entry.result.epoch, ref, self.outbox.file(entry), moved, again=again)
+        part = part_bytes(self.link.bytes_per_second)
+        await self.client.put_slice(job.id, entry.result.epoch, ref, self.outbox.file(entry), moved, again=again, part=part)
         crash.reached(Point.agent_slice_acknowledged)
         seconds = self.clock() - began
         if not again:

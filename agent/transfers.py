@@ -1,16 +1,19 @@
 """Slices on their way: a connection that is cut at any byte costs no more than the bytes that were on it.
 
-Files are read and written a block at a time, so that memory does not grow with the slice.
+Files are read and written a block at a time, so that memory does not grow with the slice; how large a block and a part are,
+the link decides.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import httpx
 
@@ -21,9 +24,12 @@ from protocol import errors
 from protocol.messages import BlobRef, SliceReceipt
 
 BLOCK = 64 << 10  # bytes of a file read at a time; few enough for a very slow link to take them before it counts as dead
-PART = 8 << 20  # bytes of a slice sent in one request, while the link is good; a smaller slice goes in one piece
-SMALLEST_PART = 64 << 10
-CHECKING_SECONDS = 300.0  # the coordinator checks and stores a whole slice before it answers
+LARGEST_BLOCK = 1 << 20  # once the link takes them at once: each costs the same, however many bytes it has
+PROMPT = 1.0  # seconds in which a block is gone on a link that may get twice as much
+PART = 8 << 20  # bytes of a slice sent in one request, where it is not known what the link carries; a smaller slice goes in one piece
+PART_SECONDS = 30.0  # that a larger part may take: so much is lost at most when the coordinator dies
+SMALLEST_PART, LARGEST_PART = 64 << 10, 256 << 20
+CHECKING_SECONDS = 300.0  # the coordinator checks and stores a whole slice, or a large part, before it answers
 Moved = Callable[[int], None]  # hears how many of the slice's bytes have gone or come
 
 
@@ -60,16 +66,16 @@ class Download:
         return self.part.stat().st_size if self.part.exists() else 0
 
     async def _once(self) -> None:
-        if self._have() < self.ref.bytes:
-            await self._fetch(self._have())
-        if not await self._right(self.part):
+        seen = await self._fetch(self._have()) if self._have() < self.ref.bytes else None
+        if seen != self.ref.digest and not await self._right(self.part):
             came = self._have()
             self.part.unlink(missing_ok=True)
             raise errors.DigestMismatch(f"{self.ref.digest} should have {self.ref.bytes} bytes; {came} came, or their digest is another")
         # Not made durable: what a power cut spoils is found by its digest, and fetched again.
         self.part.replace(self.file)
 
-    async def _fetch(self, start: int) -> None:
+    async def _fetch(self, start: int) -> str | None:
+        """Fetch the rest; gives the digest of what came if it came in one go: then the file need not be read for it."""
         asked = {"Range": f"bytes={start}-", "If-Range": f'"{self.ref.digest}"'} if start else {}
         async with self.connection.stream(f"/v1/blobs/{self.ref.digest}", {"Accept-Encoding": "identity", **asked}) as response:
             if not response.is_success:
@@ -77,13 +83,17 @@ class Download:
                 raise refusal(response)
             if not _continues(response, start):
                 start = 0
+            seen = None if start else hashlib.sha256()
             with durable.room_for(self.part), durable.opened(self.part, "ab" if start else "wb") as stream:
                 async for block in response.aiter_raw():
                     stream.write(block)
+                    if seen is not None:
+                        seen.update(block)
                     start, self.fetched = start + len(block), self.fetched + len(block)
                     if start > self.ref.bytes:
-                        return
+                        return None
                     self.moved(start)
+        return None if seen is None else f"sha256:{seen.hexdigest()}"
 
     async def _right(self, file: Path) -> bool:
         return await asyncio.to_thread(durable.holds, file, self.ref)
@@ -105,8 +115,9 @@ class Upload:
     file: Path
     moved: Moved = silent
     again: bool = False  # something of it may be there already
-    size: int = PART  # bytes of the next part: half as many after a failure, twice as many after a success
+    size: int = PART  # bytes of the next part: half as many after a failure, twice as many after one that went quickly
     furthest: int = 0  # bytes that the coordinator has acknowledged
+    clock: Callable[[], float] = monotonic
 
     async def run(self) -> SliceReceipt:
         """Send what the coordinator lacks.
@@ -116,10 +127,10 @@ class Upload:
         return await self.connection.repeat(self._once, moved=lambda: self.furthest)
 
     async def _once(self) -> SliceReceipt:
-        if self.ref.bytes <= PART and not self.again:
-            self.again = True
+        first, self.again = not self.again, True
+        if first and self.ref.bytes <= PART:
             return read(await self._send("PUT", 0, self.ref.bytes, {}), SliceReceipt)
-        at = await self._stands()
+        at = 0 if first else await self._stands()
         while isinstance(at, int):
             at = await self._part(at)
         return at
@@ -135,15 +146,19 @@ class Upload:
         return at
 
     async def _part(self, start: int) -> int | SliceReceipt:
-        count = min(self.size, self.ref.bytes - start)
+        count, began = min(self.size, self.ref.bytes - start), self.clock()
         try:
             answer = await self._send("PATCH", start, count, {"Upload-Offset": str(start), "Upload-Length": str(self.ref.bytes)})
         except errors.OffsetMismatch as error:
             return self._elsewhere(error, start)
+        except errors.TooLarge as error:  # for a proxy on the way, perhaps; an ordinary part is not
+            self.size, much = PART, count > PART
+            raise errors.TooLarge(error.detail, retryable=much) from None
         except (errors.HLoRAError, httpx.TransportError):
             self.size = max(SMALLEST_PART, self.size // 2)
             raise
-        self.size = min(PART, self.size * 2)
+        if self.clock() - began < PART_SECONDS:
+            self.size = min(LARGEST_PART, self.size * 2)
         self.furthest = max(self.furthest, start + count)
         return _offset(answer, self.ref.bytes) if answer.status_code == 204 else read(answer, SliceReceipt)
 
@@ -157,26 +172,33 @@ class Upload:
 
     async def _send(self, method: str, start: int, count: int, headers: dict[str, str]) -> httpx.Response:
         own = {"Lease-Epoch": str(self.epoch), "Content-Length": str(count), "Content-Type": "application/octet-stream"}
-        last = start + count == self.ref.bytes
+        much = count > PART or start + count == self.ref.bytes
         return await self.connection.once(
             method,
             self.path,
             content=self._blocks(start, count),
             headers={**own, "Repr-Digest": self._digest, **headers},
-            patience=CHECKING_SECONDS if last else ANSWER_SECONDS,
+            patience=CHECKING_SECONDS if much else ANSWER_SECONDS,
         )
 
     async def _blocks(self, start: int, count: int) -> AsyncIterator[bytes]:
-        with self.file.open("rb") as stream:
+        size = BLOCK
+        with self.file.open("rb", buffering=0) as stream:
             stream.seek(start)
-            while count and (block := stream.read(min(BLOCK, count))):
-                count -= len(block)
+            while count and (block := stream.read(min(size, count))):
+                count, began = count - len(block), self.clock()
                 yield block
+                size = min(LARGEST_BLOCK, size * 2) if self.clock() - began < PROMPT else BLOCK
                 self.moved(stream.tell())
 
     @property
     def _digest(self) -> str:
         return f"sha-256=:{base64.b64encode(bytes.fromhex(self.ref.digest.removeprefix('sha256:'))).decode()}:"
+
+
+def part_bytes(bytes_per_second: float | None) -> int:
+    """How large a slice's first part is on a link that is known to carry so much."""
+    return PART if bytes_per_second is None else min(LARGEST_PART, max(PART, int(bytes_per_second * PART_SECONDS)))
 
 
 def _offset(answer: httpx.Response, length: int) -> int:

@@ -23,7 +23,7 @@ from protocol import errors
 from protocol.messages import BlobRef
 from protocol.states import JobState
 
-LONGEST = 64 << 20  # bytes of one part
+LONGEST = 256 << 20  # bytes of one part
 MOST = 10_000  # parts of one upload
 IDLE = timedelta(days=1)  # an upload that nobody continued for so long is given up
 
