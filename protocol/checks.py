@@ -11,7 +11,7 @@ from torch import Tensor
 
 from protocol import errors
 from protocol.plan import Dtype, Layout, Sides
-from protocol.slices import TORCH_DTYPES, WIRE_NAMES, Factors, Header, names
+from protocol.slices import TORCH_DTYPES, WIRE_NAMES, Factors, Header, contents
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Expected:
     layout: Layout
     rank: int
     scale: float
-    dtype: Dtype
+    dtype: Dtype  # in which it comes
     base: str  # digest of the slice that was handed out
     round: int
     directions: tuple[int, ...] | None = None  # those of it that were trained; all if none
     sides: Sides = Sides.both
+    wire: Dtype = Dtype.float32  # in which the next slices are handed out
 
 
 def check_header(header: Header, expected: Expected) -> None:
@@ -39,21 +40,21 @@ def check_header(header: Header, expected: Expected) -> None:
     ):
         if came != wanted:
             raise errors.MismatchedSlice(f"the slice's {what} is {came}; the job's is {wanted}", expected=wanted, came=came)
-    wanted_shapes = names(expected.layout, expected.rank, expected.sides)
-    missing = sorted(wanted_shapes.keys() - header.entries.keys())
-    extra = sorted(header.entries.keys() - wanted_shapes.keys())
+    wanted_tensors = contents(expected.layout, expected.rank, expected.dtype, expected.sides)
+    missing = sorted(wanted_tensors.keys() - header.entries.keys())
+    extra = sorted(header.entries.keys() - wanted_tensors.keys())
     if missing or extra:
         raise errors.MismatchedSlice(
             f"{len(missing)} tensors are missing and {len(extra)} are not the job's, first {(missing or extra)[0][:200]}",
             missing=[name[:200] for name in missing[:10]],
             extra=[name[:200] for name in extra[:10]],
         )
-    for name, shape in wanted_shapes.items():
+    for name, (dtype, shape) in wanted_tensors.items():
         entry = header.entries[name]
         if entry.shape != shape:
             raise errors.MismatchedSlice(f"{name} has shape {list(entry.shape)}; {list(shape)} was expected", tensor=name)
-        if entry.dtype != WIRE_NAMES[expected.dtype]:
-            raise errors.MismatchedSlice(f"{name} is {entry.dtype}; {WIRE_NAMES[expected.dtype]} was expected", tensor=name)
+        if entry.dtype != WIRE_NAMES[dtype]:
+            raise errors.MismatchedSlice(f"{name} is {entry.dtype}; {WIRE_NAMES[dtype]} was expected", tensor=name)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -81,7 +82,7 @@ def check_change(load_new: Callable[[str], Factors], load_old: Callable[[str], F
     the wire's largest number, every split has factors up to m. Half of that leaves room for what the adapter is already.
     """
     energy = sum(change_energy(load_new(m), expected.scale, load_old(m), expected.scale) for m in expected.layout.modules)
-    largest = expected.scale * torch.finfo(TORCH_DTYPES[expected.dtype]).max / 2
+    largest = expected.scale * torch.finfo(TORCH_DTYPES[expected.wire]).max / 2
     if not math.sqrt(energy) <= largest:
-        raise errors.ExcessiveChange(f"the change's norm is {math.sqrt(energy):.6g}; slices in {expected.dtype} can hold {largest:.6g}")
+        raise errors.ExcessiveChange(f"the change's norm is {math.sqrt(energy):.6g}; slices in {expected.wire} can hold {largest:.6g}")
     return math.sqrt(energy)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.plan import Adapter, Dtype, Layout, Model, Sides, Task, Training
+from protocol.plan import Adapter, Dtype, Float, Layout, Model, Sides, Task, Training
 from protocol.states import ClientState, JobKind, JobState
 from protocol.strict import Digest, Name, Strict
 
@@ -50,7 +50,7 @@ class Profile(Strict):
     )
     up_bytes_per_second: float | None = Field(default=None, gt=0, le=1e12)
     down_bytes_per_second: float | None = Field(default=None, gt=0, le=1e12)
-    precisions: list[Dtype] = Field(default=[Dtype.float32], min_length=1, max_length=3)
+    precisions: list[Float] = Field(default=[Dtype.float32], min_length=1, max_length=3)
     datasets: dict[Annotated[str, Field(max_length=128)], Dataset] = Field(default={}, max_length=1000)
     limits: Limits = Limits()
     software: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=64)]] = Field(default={}, max_length=32)
@@ -181,7 +181,13 @@ class Job(Strict):
     adapter: Adapter
     layout: Layout
     training: Training
-    wire: Dtype
+    wire: Float = Field(description="how the numbers of the slice to start from travel")
+    uploads: Dtype | None = Field(default=None, description="how those of the trained slice travel; as the others do, if not given")
+
+    @property
+    def upload(self) -> Dtype:
+        """How the numbers of the trained slice travel."""
+        return self.uploads or self.wire
 
 
 class ClientSelf(Strict):

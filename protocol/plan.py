@@ -28,11 +28,15 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"  # of a trained slice: what was changed, in 255 steps for each direction
 
     @property
     def size(self) -> int:
         """Bytes per number."""
-        return 4 if self is Dtype.float32 else 2
+        return {Dtype.float32: 4, Dtype.int8: 1}.get(self, 2)
+
+
+Float = Literal[Dtype.float32, Dtype.bfloat16, Dtype.float16]
 
 
 class Sides(StrEnum):
@@ -156,9 +160,10 @@ class Layout(Strict):
         """The largest rank that every adapted module can have."""
         return min(min(shape) for shape in self.modules.values())
 
-    def numbers(self, rank: int) -> int:
-        """How many numbers a slice of this rank holds: Σ rank (n_out + n_in) and the full tensors."""
-        return sum(rank * sum(shape) for shape in self.modules.values()) + sum(math.prod(s) for s in self.full.values())
+    def numbers(self, rank: int, sides: Sides = Sides.both) -> int:
+        """How many numbers a slice of this rank holds: Σ rank (n_out + n_in), without n_in for b alone, and the full tensors."""
+        width = sum(n_out + (n_in if sides is Sides.both else 0) for n_out, n_in in self.modules.values())
+        return rank * width + sum(math.prod(s) for s in self.full.values())
 
 
 class Training(Strict):
@@ -227,7 +232,8 @@ class Plan(Strict):
         default=None, gt=1, le=1e6, description="set a contribution apart whose change is so many times as large as the round's median"
     )
     largest_share: Share = Field(default=1.0, description="no contribution weighs more than this share of a round")
-    wire: Dtype = Dtype.float32
+    wire: Float = Field(default=Dtype.float32, description="how the numbers of slices travel")
+    uploads: Dtype | None = Field(default=None, description="how those of trained slices travel; as the others do, if not given")
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
@@ -246,6 +252,11 @@ class Plan(Strict):
     def global_rank(self) -> int:
         """The rank at which the coordinator keeps the global adapter."""
         return self.cap or self.ranks.ladder[-1]
+
+    @property
+    def upload(self) -> Dtype:
+        """How the numbers of trained slices travel."""
+        return self.uploads or self.wire
 
     def digest(self) -> str:
         """The plan's own name: SHA-256 of its canonical JSON."""

@@ -2,7 +2,10 @@
 
     factors/<module>/a   (r, n_in)        factors/<module>/b   (n_out, r)        full/<tensor>   as the model has it
 
-Where a job trains b alone, a does not travel back.
+Where a job trains b alone, a does not travel back. Trained slices may travel as int8 (see `compact`): then every tensor is
+followed by its scales.
+
+    factors/<module>/a/scales   (r,)      factors/<module>/b/scales   (r,)      full/<tensor>/scales   one for each row
 
 The label stands in the file's metadata under one key, as JSON: metadata with several keys come out of the safetensors
 library in an order that changes from process to process, and a slice's name is the digest of its bytes.
@@ -14,7 +17,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +31,14 @@ from protocol.strict import Digest, Strict
 
 LABEL_KEY = "hlora"
 HEADER_SLACK = 4096  # bytes by which an honest header may differ from ours: other labels, other padding
-TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
-WIRE_NAMES: Mapping[Dtype, str] = {Dtype.float32: "F32", Dtype.bfloat16: "BF16", Dtype.float16: "F16"}
+TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
+    Dtype.float32: torch.float32,
+    Dtype.bfloat16: torch.bfloat16,
+    Dtype.float16: torch.float16,
+    Dtype.int8: torch.int8,
+}
+WIRE_NAMES: Mapping[Dtype, str] = {Dtype.float32: "F32", Dtype.bfloat16: "BF16", Dtype.float16: "F16", Dtype.int8: "I8"}
+SCALES = "/scales"  # behind a tensor's name: the name of its scales
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,14 @@ class Factors:
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    def of(self, directions: Sequence[int] | None) -> Factors:
+        """These directions of them, in that order; all if none are named. Raises MismatchedSlice for one that is not there."""
+        if directions is None:
+            return self
+        if not all(0 <= i < self.rank for i in directions):
+            raise errors.MismatchedSlice(f"directions {list(directions)[:20]} were named; there are {self.rank}")
+        return Factors(b=self.b[:, list(directions)], a=self.a[list(directions)])
 
 
 class Label(Strict):
@@ -93,28 +110,54 @@ def names(layout: Layout, rank: int, sides: Sides = Sides.both) -> dict[str, tup
     return shapes
 
 
+def contents(layout: Layout, rank: int, dtype: Dtype, sides: Sides = Sides.both) -> dict[str, tuple[Dtype, tuple[int, ...]]]:
+    """Every tensor of a slice's file with its dtype and shape, in the order of the file."""
+    found: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
+    for name, shape in names(layout, rank, sides).items():
+        found[name] = (dtype, shape)
+        if dtype is Dtype.int8:
+            found[name + SCALES] = (Dtype.float32, (scales(name, shape),))
+    return found
+
+
+def scales(name: str, shape: tuple[int, ...]) -> int:
+    """How many scales an int8 tensor has: one for each direction, or for each row of a fully trained tensor that has rows."""
+    if name.startswith("factors/"):
+        return shape[1] if name.endswith("/b") else shape[0]
+    return shape[0] if len(shape) > 1 else 1
+
+
 def head(layout: Layout, label: Label, dtype: Dtype, sides: Sides = Sides.both) -> bytes:
     """The first bytes of a slice, up to its first number: length, then header, padded to eight bytes."""
     table: dict[str, object] = {"__metadata__": {LABEL_KEY: label.model_dump_json(exclude_none=True)}}
     offset = 0
-    for name, shape in names(layout, label.rank, sides).items():
-        size = dtype.size * int(torch.Size(shape).numel())
-        table[name] = {"dtype": WIRE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+    for name, (kind, shape) in contents(layout, label.rank, dtype, sides).items():
+        size = kind.size * math.prod(shape)
+        table[name] = {"dtype": WIRE_NAMES[kind], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def largest_length(layout: Layout, rank: int, dtype: Dtype) -> int:
+def largest_length(layout: Layout, rank: int, dtype: Dtype, sides: Sides = Sides.both) -> int:
     """The most bytes that an honest slice of this rank can have, known before its first byte comes."""
     label = Label(rank=rank, scale=1.0, round=0)
-    return len(head(layout, label, dtype)) + HEADER_SLACK + dtype.size * layout.numbers(rank)
+    return len(head(layout, label, dtype, sides)) + HEADER_SLACK + body_length(layout, rank, dtype, sides)
+
+
+def body_length(layout: Layout, rank: int, dtype: Dtype, sides: Sides = Sides.both) -> int:
+    """The bytes of all numbers of a slice of this rank; counted, for large fleets ask for it many times."""
+    size = dtype.size * layout.numbers(rank, sides)
+    if dtype is not Dtype.int8:
+        return size
+    directions = rank * len(layout.modules) * (2 if sides is Sides.both else 1)
+    return size + Dtype.float32.size * (directions + sum(scales(f"full/{name}", shape) for name, shape in layout.full.items()))
 
 
 def numbers(tensor: Tensor, dtype: Dtype) -> bytes:
     """A tensor's numbers as they travel: row-major, little-endian."""
-    bits = torch.int32 if dtype.size == 4 else torch.int16  # numpy knows no bfloat16
+    bits = {4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.size]  # numpy knows no bfloat16
     return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).view(bits).numpy().tobytes()
 
 
@@ -198,7 +241,7 @@ def _label(metadata: object) -> Label:
         raise errors.MalformedSlice(f"the label's {where if where.isprintable() else ascii(where)} is wrong: {first['msg']}") from None
 
 
-_SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+_SIZES = {name: dtype.size for dtype, name in WIRE_NAMES.items()}
 
 
 def _entry(name: str, entry: object, data: int) -> Entry:
@@ -255,6 +298,8 @@ def _assembled(label: Label, found: Mapping[str, Tensor]) -> Slice:
     factors: dict[str, Factors] = {}
     full: dict[str, Tensor] = {}
     for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise errors.MismatchedSlice(f"{name[:200]} is int8, which says what was changed of another slice; it is none by itself")
         match name.split("/"):
             case ["factors", module, "a"] if f"factors/{module}/b" in found:
                 factors[module] = Factors(b=found[f"factors/{module}/b"], a=tensor)

@@ -7,6 +7,7 @@ import json
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -17,10 +18,10 @@ from benchmarks.crowd import Size
 from benchmarks.machine import this_machine
 from benchmarks.merge import Merge, measure, methods, report
 from benchmarks.service import database, file_system, serving
-from protocol.plan import Dtype
+from protocol.plan import Dtype, Float
 
 
-@pytest.mark.parametrize("wire", Dtype)
+@pytest.mark.parametrize("wire", get_args(Float))
 @pytest.mark.parametrize("clients", [4, 40])
 def test_a_merge_is_measured_beside_the_dense_form_and_is_right(wire: Dtype, clients: int) -> None:
     found = measure(Size("small", ((48, 40), (40, 48)), clients, wire, copies=3, ladder=(1, 2, 4)), {}, workers=1)

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from protocol import errors
 from protocol.messages import Profile, Usage
-from protocol.plan import CausalLM, Layout, Plan, Ranks
-from protocol.slices import HEADER_SLACK
+from protocol.plan import CausalLM, Dtype, Layout, Plan, Ranks
+from protocol.slices import HEADER_SLACK, body_length
 from protocol.strict import Strict
 from protocol.views import Description, RankView
 
@@ -161,13 +161,20 @@ def layout(plan: Plan) -> Layout:
 
 
 def slice_bytes(plan: Plan, rank: int) -> int:
-    """About how long a slice's file is, rather too long than too short; down and up are the same.
+    """About how long the file of a slice to start from is, rather too long than too short."""
+    return _file_bytes(plan, rank, plan.wire)
 
-    Computed from counts and not from a header that is written out: a large fleet asks for it many times a round.
-    """
-    shapes = layout(plan)
+
+def upload_bytes(plan: Plan, rank: int) -> int:
+    """About how long the file of a trained slice is, rather too long than too short."""
+    return _file_bytes(plan, rank, plan.upload)
+
+
+def _file_bytes(plan: Plan, rank: int, dtype: Dtype) -> int:
+    """Computed from counts and not from a header that is written out: a large fleet asks for it many times a round."""
+    shapes, entries = layout(plan), 2 if dtype is Dtype.int8 else 1  # a tensor and its scales
     header = sum(2 * (len(name) + ENTRY_BYTES) for name in shapes.modules) + sum(len(name) + ENTRY_BYTES for name in shapes.full)
-    return plan.wire.size * shapes.numbers(rank) + header
+    return body_length(shapes, rank, dtype) + entries * header
 
 
 def examples(plan: Plan, candidate: Candidate) -> int:
@@ -180,7 +187,7 @@ def allowed(plan: Plan, profile: Profile) -> list[int]:
     """The rungs of the ladder within the owner's limits on the rank and on a job's bytes (one slice down, one up)."""
     largest, most = profile.limits.largest_rank, profile.limits.max_bytes
     rungs = plan.ranks.ladder if largest is None else [r for r in plan.ranks.ladder if r <= largest]
-    return [r for r in rungs if most is None or 2 * slice_bytes(plan, r) + HEADER_SLACK <= most]
+    return [r for r in rungs if most is None or slice_bytes(plan, r) + upload_bytes(plan, r) + HEADER_SLACK <= most]
 
 
 def owner_words(profile: Profile) -> str:
@@ -214,7 +221,8 @@ def needs(plan: Plan, candidate: Candidate, rank: int) -> str:
 
 def link_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
     """One slice down and one up; a direction of unknown speed takes no time."""
-    return sum(slice_bytes(plan, rank) / speed for speed in speeds(candidate) if speed)
+    down, up = speeds(candidate)
+    return (slice_bytes(plan, rank) / down if down else 0.0) + (upload_bytes(plan, rank) / up if up else 0.0)
 
 
 def speeds(candidate: Candidate) -> tuple[float | None, float | None]:

@@ -10,7 +10,8 @@ memory, bytes      c P  weights, with c = 2 bytes a number where the plan and th
                    + 16 N(r)  trained numbers, gradient, and both moments of AdamW, in float32
                    + 4·10⁸ where training uses the machine's own memory: the process with its libraries (measured: 382 MiB)
                    ≤ memory_share · memory_bytes
-link, seconds      S(r) / down + S(r) / up, with S(r) the bytes of a slice on the wire   ≤ link_share · times.job
+link, seconds      S(r) / down + U(r) / up, with S(r) the bytes of a slice on the wire, U(r) those of a trained one
+                   ≤ link_share · times.job
 data               f(r) / n ≤ f(r_top) / ñ with f(r) = Σ r (n_out + n_in − r), the degrees of freedom of an update of rank r,
                    r_top the ladder's largest rank and ñ the lower median of the eligible clients' examples
 

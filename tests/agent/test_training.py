@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from coordinator.adapters import Facts, files
 from protocol import checks, errors, slices
 from protocol.checks import Expected
 from protocol.messages import Job
-from protocol.plan import CausalLM, Dtype, Task
+from protocol.plan import CausalLM, Dtype, Float, Task
 from protocol.slices import Label, Slice
 from protocol.states import JobKind
 from tests.agent.work import ROWS, SCALE, catalogue, make_job, make_start, resolved
@@ -78,7 +79,7 @@ def test_another_seed_gives_other_bytes(tmp_path: Path, encoder: Path) -> None:
     assert packed(do(tmp_path, first, encoder), first) != packed(do(tmp_path, second, encoder), second)
 
 
-@pytest.mark.parametrize("wire", list(Dtype))
+@pytest.mark.parametrize("wire", get_args(Float))
 def test_the_trained_slice_is_the_one_that_the_coordinator_expects(tmp_path: Path, setting: tuple[Path, Task], wire: Dtype) -> None:
     model, task = setting
     job = make_job(model, task=task, wire=wire)

@@ -6,14 +6,14 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from coordinator.blobs import Blobs
 from coordinator.merge import first_adapter, merge_round
-from protocol.plan import Dtype, Layout, Split
+from protocol.plan import Dtype, Float, Layout, Split
 from protocol.slices import TORCH_DTYPES
 from tests.merging.rounds import changes, heard, merge, products, read_digest, second_round
 from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, untrained, update
@@ -21,7 +21,7 @@ from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send,
 STRATEGIES = ["hlora", "delta"]
 
 
-@pytest.mark.parametrize("wire", Dtype)
+@pytest.mark.parametrize("wire", get_args(Float))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_adapter_is_the_best_approximation_of_the_strategys_sum(strategy: str, wire: Dtype, blobs: Blobs) -> None:
     plan = make_plan(strategy, wire=wire)
@@ -37,7 +37,7 @@ def test_the_adapter_is_the_best_approximation_of_the_strategys_sum(strategy: st
 
 @pytest.mark.parametrize("cap", [4, 9])
 @pytest.mark.parametrize("split", Split)
-@pytest.mark.parametrize("wire", Dtype)
+@pytest.mark.parametrize("wire", get_args(Float))
 def test_every_slice_is_the_adapters_leading_part_in_the_dtype_and_at_the_scale_of_the_plan(
     wire: Dtype, split: Split, cap: int, blobs: Blobs
 ) -> None:

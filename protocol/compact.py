@@ -1,0 +1,70 @@
+"""Trained slices as int8: what was changed of the slice handed out, one scale for each direction.
+
+A tensor x that was x₀ travels as q = round((x − x₀) / t), halves to even, −127 … 127, with t = max |x − x₀| / 127 beside it
+in float32; it is read as x₀ + t q, in float32. Every direction has a scale t of its own: each row of a and each column of b,
+so that a direction is as exact as any other, whatever their sizes; a fully trained tensor has one for each of its rows.
+
+Why the change and not the tensor itself: rounding is then an error in proportion to the change, as large in the last round as
+in the first, and what moved by less than a step of a large tensor is not lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from protocol import errors
+from protocol.plan import Dtype, Layout, Sides
+from protocol.slices import SCALES, Slice, head, names, numbers, parts, scales, tensors
+
+STEPS = 127
+
+
+def trained_parts(
+    slice: Slice, start: Slice, layout: Layout, dtype: Dtype, *, directions: Sequence[int] | None = None, sides: Sides = Sides.both
+) -> Iterator[bytes]:
+    """A trained slice's file, one tensor at a time; `start` is the slice that was handed out, of which these directions were trained."""
+    if dtype is not Dtype.int8:
+        yield from parts(slice, layout, dtype, sides)
+        return
+    chosen = Slice(start.label, {module: factors.of(directions) for module, factors in start.factors.items()}, start.full)
+    yield head(layout, slice.label, dtype, sides)
+    trio = zip(names(layout, slice.label.rank, sides), tensors(slice, layout, sides), tensors(chosen, layout, sides), strict=True)
+    for name, new, old in trio:
+        steps, sizes = written(name, new, old)
+        yield numbers(steps, Dtype.int8)
+        yield numbers(sizes, Dtype.float32)
+
+
+def written(name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor of that name as steps from its old value, int8, and their sizes, float32: one for each direction or row."""
+    change = new.float() - old.float()
+    rows = change.movedim(_axis(name), 0).reshape(scales(name, tuple(new.shape)), -1)
+    sizes = rows.abs().amax(dim=1) / STEPS  # NaN where there is one, so that it is refused
+    steps = (change / _spread(name, sizes, change)).round().nan_to_num().clamp(-STEPS, STEPS)  # no change by no size: no step
+    return steps.to(torch.int8), sizes
+
+
+def restored(name: str, steps: Tensor, sizes: Tensor, old: Tensor) -> Tensor:
+    """The tensor that was written as steps from its old value, float32.
+
+    Raises NonFiniteSlice for a size that is no number, MismatchedSlice for what nobody writes: a negative size, a step of −128.
+    """
+    if not bool(torch.isfinite(sizes).all()):
+        raise errors.NonFiniteSlice(f"{name}{SCALES} holds NaN or infinity", tensor=name + SCALES)
+    if bool((sizes < 0).any()):
+        raise errors.MismatchedSlice(f"{name}{SCALES} holds a negative number; sizes of steps are none", tensor=name + SCALES)
+    if bool((steps < -STEPS).any()):
+        raise errors.MismatchedSlice(f"{name} holds −128; steps from −{STEPS} to {STEPS} were expected", tensor=name)
+    return old.float() + _spread(name, sizes, steps) * steps
+
+
+def _axis(name: str) -> int:
+    return 1 if name.startswith("factors/") and name.endswith("/b") else 0
+
+
+def _spread(name: str, sizes: Tensor, tensor: Tensor) -> Tensor:
+    """Each direction's or row's size beside its numbers."""
+    return sizes if _axis(name) == 1 else sizes.reshape(-1, *[1] * (tensor.ndim - 1))
