@@ -1,4 +1,4 @@
-"""What a round publishes: the global adapter and one slice per rung of the ladder, built module by module.
+"""What a round publishes: the global adapter, one slice per rung of the ladder, and what training starts from, module by module.
 
 The parts come in the order of the file and go to disk at once, so that no more than a few modules are in memory.
 """
@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Self
 
+import torch
 from torch import Tensor
 
+from coordinator import aggregation
 from coordinator.blobs import GROWING, Blobs
 from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
+from coordinator.portions import Portion, fresh
 from protocol import crash, errors
-from protocol.checks import check_finite
 from protocol.crash import Point
 from protocol.messages import BlobRef
 from protocol.plan import Dtype, Layout, Plan
@@ -28,20 +30,33 @@ from protocol.views import Energy
 
 
 @dataclass(frozen=True)
+class Start:
+    """A file that training starts from, and that is no slice. Ranks of which it is the same share one."""
+
+    directions: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class Piece:
     """One module's, or one fully trained tensor's, numbers in every file that a round publishes."""
 
     adapter: bytes
     slices: Mapping[int, bytes]
+    starts: Mapping[Start, bytes]
     energy: Energy | None = None
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a round published. The adapter is float32 at the plan's cap and scale 1; slices are by rank."""
+    """What a round published. The adapter is float32 at the plan's cap and scale 1; slices are by rank.
+
+    Starts are by rank too; none where training starts from the slices.
+    """
 
     adapter: BlobRef
     slices: dict[int, BlobRef]
+    starts: dict[int, BlobRef] = field(default_factory=dict)
     energy: dict[str, Energy] = field(default_factory=dict)
 
 
@@ -52,28 +67,53 @@ def layout_of(plan: Plan) -> Layout:
     return plan.layout
 
 
+def starts(plan: Plan) -> dict[int, Start]:
+    """What training starts from at each rung; nothing where it starts from the slices."""
+    portion = aggregation.load(plan.strategy.name).portion
+    if portion is Portion.leading:
+        return {}
+    return {rank: Start(portion.held(rank, plan.global_rank), plan.adapter.scale(rank)) for rank in plan.ranks.ladder}
+
+
 def module_piece(plan: Plan, round: int, module: str, adapter: Factors, energy: Energy) -> Piece:
-    """One module of the adapter, and its cut at every rung.
+    """One module of the adapter, its cut at every rung, and what training starts from.
 
     adapter: b = U√S (n_out, k), a = √S Vᵀ (k, n_in), float32. Raises NonFiniteSlice where the wire's dtype cannot hold it.
     """
     whole = pad(adapter, plan.global_rank)
-    fresh = fresh_rows(plan.global_rank, whole.a.shape[1], seed=plan.seed, round=round, module=module)
-    dtype = TORCH_DTYPES[plan.wire]
-    slices: dict[int, bytes] = {}
-    for rank in plan.ranks.ladder:
-        part = cut(whole, rank, plan.adapter.scale(rank), plan.adapter.split, fresh, dtype)
-        check_finite(f"factors/{module}/b", part.b)
-        check_finite(f"factors/{module}/a", part.a)
-        slices[rank] = numbers(part.a, plan.wire) + numbers(part.b, plan.wire)
-    return Piece(numbers(whole.a, Dtype.float32) + numbers(whole.b, Dtype.float32), slices, energy)
+    rows = fresh_rows(plan.global_rank, whole.a.shape[1], seed=plan.seed, round=round, module=module)
+
+    def part(rank: int, scale: float) -> bytes:
+        found = cut(whole, rank, scale, plan.adapter.split, fresh(rows, rank), TORCH_DTYPES[plan.wire])
+        _check_held(f"factors/{module}/b", found.b)
+        _check_held(f"factors/{module}/a", found.a)
+        return numbers(found.a, plan.wire) + numbers(found.b, plan.wire)
+
+    return Piece(
+        adapter=numbers(whole.a, Dtype.float32) + numbers(whole.b, Dtype.float32),
+        slices={rank: part(rank, plan.adapter.scale(rank)) for rank in plan.ranks.ladder},
+        starts={start: part(start.directions, start.scale) for start in set(starts(plan).values())},
+        energy=energy,
+    )
 
 
 def tensor_piece(plan: Plan, name: str, tensor: Tensor) -> Piece:
-    """One fully trained tensor, the same in every slice. Raises NonFiniteSlice where the wire's dtype cannot hold it."""
+    """One fully trained tensor, the same in every file. Raises NonFiniteSlice where the wire's dtype cannot hold it."""
     travelling = tensor.to(TORCH_DTYPES[plan.wire])
-    check_finite(f"full/{name}", travelling)
-    return Piece(numbers(tensor, Dtype.float32), dict.fromkeys(plan.ranks.ladder, numbers(travelling, plan.wire)))
+    _check_held(f"full/{name}", travelling)
+    part = numbers(travelling, plan.wire)
+    return Piece(numbers(tensor, Dtype.float32), dict.fromkeys(plan.ranks.ladder, part), dict.fromkeys(starts(plan).values(), part))
+
+
+def _check_held(name: str, travelling: Tensor) -> None:
+    """Raises NonFiniteSlice where numbers, which were finite, became infinite on the way into the wire's dtype."""
+    if not bool(torch.isfinite(travelling).all()):
+        largest = torch.finfo(travelling.dtype).max
+        raise errors.NonFiniteSlice(
+            f"{name} of the merged adapter holds numbers beyond {largest:.6g}, the most that slices of this plan can carry; "
+            "start a run whose wire is bfloat16 or float32",
+            tensor=name,
+        )
 
 
 class Assembly:
@@ -94,6 +134,10 @@ class Assembly:
         for rank in plan.ranks.ladder:
             label = Label(rank=rank, scale=plan.adapter.scale(rank), round=self._round)
             self._slices[rank] = self._spool(folder / str(rank), head(layout, label, plan.wire))
+        self._starts: dict[Start, _Spool] = {}
+        for start in dict.fromkeys(starts(plan).values()):
+            label = Label(rank=start.directions, scale=start.scale, round=self._round)
+            self._starts[start] = self._spool(folder / f"start-{len(self._starts)}", head(layout, label, plan.wire))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,6 +148,8 @@ class Assembly:
         self._adapter.write(piece.adapter)
         for rank, spool in self._slices.items():
             spool.write(piece.slices[rank])
+        for start, spool in self._starts.items():
+            spool.write(piece.starts[start])
         if piece.energy is not None:
             self._energy[name] = piece.energy
 
@@ -112,8 +158,10 @@ class Assembly:
         adapter = self._adapter.keep(blobs)
         crash.reached(Point.first_blob_kept)
         slices = {rank: spool.keep(blobs) for rank, spool in self._slices.items()}
+        kept = {start: spool.keep(blobs) for start, spool in self._starts.items()}
         crash.reached(Point.adapter_blob_kept)
-        return Merged(adapter=adapter, slices=slices, energy=self._energy)
+        begun = {rank: kept[start] for rank, start in starts(self._plan).items()}
+        return Merged(adapter=adapter, slices=slices, starts=begun, energy=self._energy)
 
     def _spool(self, path: Path, start: bytes) -> _Spool:
         spool = _Spool(path, self._open.enter_context(path.open("wb")))

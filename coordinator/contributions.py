@@ -21,7 +21,7 @@ Weights = Sequence[Tensor]  # for each contribution one weight per direction, (r
 
 @dataclass(frozen=True)
 class Given:
-    """A slice as it was handed out; equal digests are equal slices."""
+    """What was handed out to start from; equal digests are equal files."""
 
     digest: str
     factors: Factors | Stored
@@ -30,10 +30,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Contribution:
-    """One accepted slice's factors of one module, and the slice that they started from.
+    """One accepted slice's factors of one module, and what they started from.
 
-    What a client claims is its change, scale · b @ a − given.scale · given.b @ given.a. Where that was larger than the
-    plan allows, only the share `shrink` of it counts.
+    What a client claims is its change, scale · b @ a − given.scale · given.b @ given.a, over the directions that it trained.
+    Where that was larger than the plan allows, only the share `shrink` of it counts.
     """
 
     factors: Factors | Stored
@@ -41,6 +41,16 @@ class Contribution:
     weight: float  # p ≥ 0; those of a round sum to one
     shrink: float  # γ in (0, 1]
     given: Given
+    directions: tuple[int, ...] | None = None  # of what was given, those that the factors were trained from; all if none
+
+    @property
+    def positions(self) -> Tensor:
+        """Where in what was given the trained directions stand: (r,) int64."""
+        return torch.arange(self.given.factors.rank) if self.directions is None else torch.tensor(self.directions)
+
+    def started(self, shape: tuple[int, int]) -> Factors:
+        """The trained directions as they were given."""
+        return Term(self.given.factors, 1.0).load(shape).of(self.directions)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def by_share(round: ModuleRound) -> Weights:
 def by_direction(round: ModuleRound) -> Weights:
     """Direction i counts with p / qᵢ, where qᵢ is the share of those who trained it: it is averaged over them alone."""
     trained = _trained(round)
-    return [c.weight / trained[: c.factors.rank] for c in round.contributions]
+    return [c.weight / trained[c.positions] for c in round.contributions]
 
 
 def by_norm(round: ModuleRound) -> Weights:
@@ -78,10 +88,10 @@ def by_norm(round: ModuleRound) -> Weights:
 
 
 def _trained(round: ModuleRound) -> Tensor:
-    """qᵢ: the share of those who trained direction i, as far as anybody did, float64."""
-    shares = torch.zeros(max(c.factors.rank for c in round.contributions), dtype=torch.float64)
+    """qᵢ: the share of those who trained the direction at position i of what was given, float64."""
+    shares = torch.zeros(max(c.given.factors.rank for c in round.contributions), dtype=torch.float64)
     for c in round.contributions:
-        shares[: c.factors.rank] += c.weight
+        shares[c.positions] += c.weight
     return shares
 
 
@@ -97,16 +107,16 @@ def products(round: ModuleRound, weights: Weights) -> list[Term]:
     """Σ w (γ s b a + (1 − γ) s₀ b₀ a₀)."""
     pairs = list(zip(round.contributions, weights, strict=True))
     trained = [Term(c.factors, w * (c.shrink * c.scale)) for c, w in pairs]
-    return trained + [Term(c.given.factors, w[: c.given.factors.rank] * ((1 - c.shrink) * c.given.scale)) for c, w in pairs if c.shrink < 1]
+    return trained + [Term(c.given.factors, _spread(c, w) * ((1 - c.shrink) * c.given.scale)) for c, w in pairs if c.shrink < 1]
 
 
 def changes(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Term]:
-    """Step · Σ w γ (s b a − s₀ b₀ a₀); those who were given the same slice share one term for it."""
+    """Step · Σ w γ (s b a − s₀ b₀ a₀); those who were given the same file share one term for it."""
     pairs = [(c, w * (step * c.shrink)) for c, w in zip(round.contributions, weights, strict=True)]
     given: dict[str, Given] = {c.given.digest: c.given for c, _ in pairs}
     started = [
-        Term(slice.factors, -slice.scale * torch.stack([w[: slice.factors.rank] for c, w in pairs if c.given.digest == digest]).sum(dim=0))
-        for digest, slice in given.items()
+        Term(file.factors, -file.scale * torch.stack([_spread(c, w) for c, w in pairs if c.given.digest == digest]).sum(dim=0))
+        for digest, file in given.items()
     ]
     return [Term(c.factors, w * c.scale) for c, w in pairs] + started
 
@@ -133,6 +143,12 @@ def untouched(round: ModuleRound) -> Term:
     kept = torch.ones(round.adapter.rank, dtype=torch.float64)
     kept[: max(c.factors.rank for c in round.contributions)] = 0.0
     return Term(round.adapter, kept)
+
+
+def _spread(c: Contribution, weights: Tensor) -> Tensor:
+    """The weights of a contribution's directions, over all directions of what it was given; zero where it trained none."""
+    held = c.given.factors.rank
+    return weights[:held] if c.directions is None else torch.zeros(held, dtype=torch.float64).index_copy(0, c.positions, weights)
 
 
 def _load(factors: Factors | Stored, round: ModuleRound) -> Factors:

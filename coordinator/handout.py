@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, CursorResult, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import access, cohort, events, published
+from coordinator import access, aggregation, cohort, events, portions, published
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol.messages import BlobRef
@@ -27,7 +28,10 @@ def train(
     base = published.round_of(session, run.id, round.number - 1)
     assert base is not None, "a round opens only after the one before it was published"
     views = cohort.assign(session, run.id, plan, chosen, able)
-    return _queue(session, round, JobKind.train, chosen, views, published.slices(session, base.id), _deadline(plan, round, now), now)
+    handed, deadline = published.starts(session, base.id), _deadline(plan, round, now)
+    portion = aggregation.load(plan.strategy.name).portion
+    trained = {c.id: portions.directions(portion, plan, views[c.id].rank, round.number, c.name) for c in chosen}
+    return _queue(session, round, JobKind.train, chosen, views, handed, deadline, now, trained)
 
 
 def _deadline(plan: Plan, round: Round, now: datetime) -> datetime:
@@ -44,6 +48,7 @@ def _queue(
     handed: dict[int, BlobRef],
     deadline: datetime,
     now: datetime,
+    directions: Mapping[str, list[int] | None] = MappingProxyType({}),  # by client; all if none
 ) -> list[str]:
     for client in chosen:
         view = views[client.id]
@@ -59,6 +64,7 @@ def _queue(
                 rank_view=view.model_dump(mode="json"),
                 base=slice.digest,
                 base_bytes=slice.bytes,
+                directions=directions.get(client.id),
                 created_at=now,
                 deadline=deadline,
             )

@@ -20,14 +20,14 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, CursorResult, and_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import clients, events, quarantine, sweeping
+from coordinator import aggregation, clients, events, quarantine, sweeping
 from coordinator.blobs import Blobs
 from coordinator.tables import Job, Round, Run
 from protocol import errors, messages
 from protocol.checks import Expected
 from protocol.messages import Progress, Renewal, Result, Verdict
 from protocol.plan import Plan
-from protocol.slices import largest_length
+from protocol.slices import body_length, largest_length
 from protocol.states import JobKind, JobState, RunState
 
 ACTIVE = (JobState.queued, JobState.leased)
@@ -145,12 +145,21 @@ def upload(session: Session, client_id: str, job_id: str, epoch: int) -> Upload:
     round, run = _context(session, job)
     plan = plan_of(run)
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
+    sides = aggregation.load(plan.strategy.name).sides
     expected = Expected(
-        layout=plan.layout, rank=job.rank, scale=plan.adapter.scale(job.rank), dtype=plan.wire, base=job.base, round=round.number
+        layout=plan.layout,
+        rank=job.rank,
+        scale=plan.adapter.scale(job.rank),
+        dtype=plan.upload,
+        base=job.base,
+        round=round.number,
+        directions=None if job.directions is None else tuple(job.directions),
+        sides=sides,
+        wire=plan.wire,
     )
     bound = plan.norm.bound if plan.norm is not None and plan.norm.action == "reject" else None
-    largest = largest_length(plan.layout, job.rank, plan.wire)
-    largest_head = largest - plan.wire.size * plan.layout.numbers(job.rank)
+    largest = largest_length(plan.layout, job.rank, plan.upload, sides)
+    largest_head = largest - body_length(plan.layout, job.rank, plan.upload, sides)
     return Upload(expected=expected, largest=largest, largest_head=largest_head, bound=bound)
 
 

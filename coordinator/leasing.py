@@ -11,13 +11,13 @@ from functools import cache
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coordinator import events, histories, ranks
+from coordinator import aggregation, events, histories, ranks
 from coordinator.access import digest
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import messages
 from protocol.messages import Profile
-from protocol.plan import Plan
+from protocol.plan import Plan, Sides
 from protocol.slices import largest_length
 from protocol.states import ClientState, JobKind, JobState, RunState
 
@@ -74,7 +74,7 @@ class _Desk:
         self._session, self._now = session, now
         self._plan = cache(plan_of)
         self._histories = cache(lambda run_id: histories.of_clients(session, run_id, client_ids))
-        self._largest = cache(lambda run, rank: largest_length(ranks.layout(self._plan(run)), rank, self._plan(run).wire))
+        self._largest = cache(lambda run, rank: _largest_upload(self._plan(run), rank))
 
     def serve(self, client: Client, job: Job, round: Round, run: Run) -> messages.Job | None:
         """The job under a fresh lease; nothing if its time does not hold a single step."""
@@ -103,6 +103,10 @@ class _Desk:
         return False
 
 
+def _largest_upload(plan: Plan, rank: int) -> int:
+    return largest_length(ranks.layout(plan), rank, plan.upload, aggregation.load(plan.strategy.name).sides)
+
+
 def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, largest: int, now: datetime) -> messages.Job:
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
     kind = JobKind(job.kind)
@@ -118,6 +122,8 @@ def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, large
         scale=plan.adapter.scale(job.rank),
         seed=seed(plan, round.number, client.name, kind),
         slice=messages.BlobRef(digest=job.base, bytes=job.base_bytes),
+        directions=job.directions,
+        sides=aggregation.load(plan.strategy.name).sides if kind is JobKind.train else Sides.both,
         lease=messages.Lease(epoch=job.epoch, seconds=plan.times.lease, no_progress_seconds=plan.times.no_progress),
         remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
         max_upload_bytes=largest,
@@ -128,6 +134,7 @@ def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, large
         layout=plan.layout,
         training=plan.training.model_copy(update=cut),
         wire=plan.wire,
+        uploads=plan.uploads,
     )
 
 

@@ -54,6 +54,7 @@ def describe(task: RoundTask | Plan, merged: Merged, plan: str, origins: Mapping
         inputs=[_noted(input, merging.round, origins[input.job]) for input in sorted(merging.inputs)] if merging else [],
         adapter=merged.adapter,
         slices=merged.slices,
+        starts=merged.starts,
         software=software(),
     )
 
@@ -68,6 +69,7 @@ def _noted(input: Input, round: int, origin: Origin) -> ManifestInput:
         weight=input.weight,
         shrink=input.shrink,
         base=input.base,
+        directions=input.directions,
         staleness=round - origin.round,
     )
 

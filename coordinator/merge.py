@@ -11,7 +11,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,9 +22,9 @@ from coordinator.assembly import Assembly, Merged, Piece, layout_of, module_piec
 from coordinator.blobs import Blobs
 from coordinator.initial import first_adapter
 from coordinator.lowrank import truncate
-from coordinator.reading import SliceReader, StoredFactors, open_slice
+from coordinator.reading import SliceReader, StoredFactors, TrainedB, open_slice
 from protocol import errors
-from protocol.plan import Plan
+from protocol.plan import Plan, Sides
 from protocol.slices import TORCH_DTYPES
 from protocol.views import Energy
 
@@ -41,6 +41,7 @@ class Input:
     weight: float  # ≥ 0, in any unit: shares are formed here
     shrink: float  # γ in (0, 1]: the share of the change that counts
     base: str  # digest of the slice that it started from
+    directions: tuple[int, ...] | None = None  # those of the base that it trained, in the order in which they came; all if none
     job: str = field(default="", compare=False)  # whose it is, for the record; nothing follows from it
 
 
@@ -68,8 +69,8 @@ class ModuleTask:
 def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
     """Merge a round and keep what it publishes. Repeating it keeps the same bytes.
 
-    Raises NoContributions, ZeroWeight or UnmergeableRound for inputs that make no mean; NotFound for a missing blob; and
-    what reading a damaged slice raises.
+    Raises NoContributions, ZeroWeight or UnmergeableRound for inputs that make no mean; NotFound for a missing blob; what
+    reading a damaged slice raises; Unavailable where a worker was lost, and another may do it.
     """
     layout = layout_of(task.plan)
     ready = replace(task, plan=task.plan.model_copy(update={"layout": None}), inputs=_shares(task.inputs))
@@ -85,15 +86,15 @@ def merge_module(task: ModuleTask) -> Piece:
     """One module's next factors, at the cap and cut to every rung."""
     plan, round = task.round.plan, task.round.round
     n_out, n_in = task.shape
-    blobs = Blobs.open(task.round.store)
+    blobs, strategy = Blobs.open(task.round.store), aggregation.check(plan.strategy)
     state = ModuleRound(
         shape=(n_out, n_in),
         round=round,
         adapter=StoredFactors(open_slice(blobs, task.round.previous), task.name),
-        contributions=tuple(_contribution(blobs, input, task.name) for input in task.round.inputs),
+        contributions=tuple(_contribution(blobs, input, task.name, strategy.sides) for input in task.round.inputs),
         earlier=StoredFactors(open_slice(blobs, task.round.earlier), task.name) if task.round.earlier else None,
     )
-    found = truncate(aggregation.check(plan.strategy).combine(state), plan.global_rank)
+    found = truncate(strategy.combine(state), plan.global_rank)
     kept = {rank: found.kept(rank) for rank in sorted({*plan.ranks.ladder, plan.global_rank})}
     energy = Energy(total=found.total, kept=kept, stacked_rank=found.stacked_rank, short=found.short)
     return module_piece(plan, round, task.name, found.padded(plan.global_rank), energy)
@@ -118,14 +119,16 @@ def merge_tensor(task: ModuleTask) -> Piece:
     return tensor_piece(plan, task.name, mean)
 
 
-def _contribution(blobs: Blobs, input: Input, module: str) -> Contribution:
-    base = open_slice(blobs, input.base)
+def _contribution(blobs: Blobs, input: Input, module: str, sides: Sides) -> Contribution:
+    base, sent = open_slice(blobs, input.base), _opened(blobs, input)
+    both = sides is Sides.both
     return Contribution(
-        factors=StoredFactors(_opened(blobs, input), module),
+        factors=StoredFactors(sent, module) if both else TrainedB(sent, base, module, input.directions),
         scale=input.scale,
         weight=input.weight,
         shrink=input.shrink,
         given=Given(input.base, StoredFactors(base, module), base.header.label.scale),
+        directions=input.directions,
     )
 
 
@@ -169,9 +172,16 @@ def _in_order(executor: Executor, calls: Iterable[_Call]) -> Iterator[Piece]:
         for function, task in calls:
             waiting.append(executor.submit(function, task))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _result(future: Future[Piece]) -> Piece:
+    try:
+        return future.result()
+    except (BrokenExecutor, CancelledError) as error:
+        raise errors.Unavailable("a worker was lost in the middle of it, as it is when its machine runs out of memory") from error

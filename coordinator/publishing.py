@@ -20,13 +20,16 @@ from coordinator.blobs import Blobs
 from coordinator.jobs import plan_of
 from coordinator.manifests import Origin
 from coordinator.merge import Input, RoundTask
-from coordinator.tables import Client, Job, PublishedSlice, Round, Run
+from coordinator.tables import Client, Job, PublishedSlice, PublishedStart, Round, Run
+from protocol import errors
 from protocol.course import NormBound
 from protocol.plan import Plan
 from protocol.states import JobState, RoundState, RunState
 
 CLAIM = timedelta(seconds=6)  # prolonged while the merge goes on; so long nobody takes over from a coordinator that died
-FAILURES = 3  # a round whose merging failed so often fails its run; dying at it is no failure
+FAILURES = 3  # a round whose merging failed so often fails its run; dying at it, or losing a worker, is no failure
+# What follows from the contributions and the plan, and would follow again.
+LASTING = (errors.InvalidSlice, errors.UnmergeableRound, errors.InvalidRequest)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def _input(job: Job, plan: Plan) -> Input:
     assert job.weight is not None, "weights are settled when a round closes"
     shrink = _shrink(plan.norm, job.change_norm or 0.0)
     scale = plan.adapter.scale(job.rank)
-    return Input(digest=job.slice, rank=job.rank, scale=scale, weight=job.weight, shrink=shrink, base=job.base, job=job.id)
+    directions = None if job.directions is None else tuple(job.directions)
+    return Input(job.slice, job.rank, scale, job.weight, shrink, job.base, directions, job=job.id)
 
 
 def _shrink(norm: NormBound | None, change: float) -> float:
@@ -122,7 +126,8 @@ def publish(
 
     Does nothing if the claim was lost: somebody else publishes the same bytes. Raises Unavailable, to put the blobs again.
     """
-    sweeping.hold(session, blobs, merged.adapter.digest, *(blob.digest for blob in merged.slices.values()))
+    made = (merged.adapter, *merged.slices.values(), *merged.starts.values())
+    sweeping.hold(session, blobs, *dict.fromkeys(blob.digest for blob in made))
     energy = {module: view.model_dump(mode="json") for module, view in merged.energy.items()}
     facts = {"adapter": merged.adapter.digest, "adapter_bytes": merged.adapter.bytes, "energy": energy, "merge_seconds": seconds}
     round = session.get_one(Round, claim.round_id)
@@ -135,6 +140,8 @@ def publish(
     round.manifest = manifests.describe(task, merged, run.plan_digest, origins).model_dump(mode="json")
     for rank, blob in merged.slices.items():
         session.add(PublishedSlice(round_id=round.id, rank=rank, digest=blob.digest, bytes=blob.bytes))
+    for rank, blob in merged.starts.items():
+        session.add(PublishedStart(round_id=round.id, rank=rank, digest=blob.digest, bytes=blob.bytes))
     session.flush()
     events.record(session, now, "round-published", run=run.id, round=round.number, adapter=merged.adapter.digest, seconds=round_to(seconds))
     # Round 0 is measured when the first round opens: machines may not be there yet when a run is made.
@@ -158,10 +165,15 @@ def round_to(seconds: float) -> float:
     return float(f"{seconds:.3g}")
 
 
-def fail(session: Session, claim: Claim, reason: str, now: datetime) -> None:
-    """Free the claim after a failed merge, so that the round is tried again; when that happened too often, the run fails."""
+def fail(session: Session, claim: Claim, reason: str, now: datetime, *, tries: int = FAILURES) -> None:
+    """Free the claim after a failed merge, so that the round is tried again; when that happened `tries` times, the run fails."""
     round = session.get_one(Round, claim.round_id)
     run = session.get_one(Run, round.run_id, with_for_update={"key_share": True})
     failures = round.merge_failures + 1
-    if _update(session, claim, merge_until=now, merge_failures=failures) and failures >= FAILURES:
+    if _update(session, claim, merge_until=now, merge_failures=failures) and failures >= tries:
         rounds.fail(session, run, f"round {round.number} could not be merged: {reason}", now)
+
+
+def tries(error: Exception) -> int:
+    """How often a merge may fail like this before its run does: once, where what went in is to blame and repeating cannot help."""
+    return 1 if isinstance(error, LASTING) and not error.retryable else FAILURES

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor
 
 from coordinator.blobs import Blobs
+from coordinator.stores import read_at
 from protocol import errors
 from protocol.checks import check_finite
-from protocol.slices import Factors, Header, decode, read_header
+from protocol.compact import restored
+from protocol.plan import Dtype
+from protocol.slices import SCALES, WIRE_NAMES, Entry, Factors, Header, decode, read_header, seen
 
 LARGEST_HEADER = 32 << 20  # bytes; the largest layout that a plan can have needs less
-Read = Callable[[int, int], bytes]  # bytes start … stop − 1
+Read = Callable[[int, int], bytearray]  # bytes start … stop − 1
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,56 @@ class SliceReader:
 
     def factors(self, module: str) -> Factors:
         """One module's factors, in the dtype in which they travelled. Raises MismatchedSlice where there are none."""
-        return Factors(b=self._tensor(f"factors/{module}/b"), a=self._tensor(f"factors/{module}/a"))
+        a, b = f"factors/{module}/a", f"factors/{module}/b"
+        found = self._tensors(a, b)
+        return Factors(b=found[b], a=found[a])
 
     def full(self, name: str) -> Tensor:
         """One fully trained tensor, in the dtype in which it travelled. Raises MismatchedSlice where there is none."""
-        return self._tensor(f"full/{name}")
+        return self._tensors(f"full/{name}")[f"full/{name}"]
 
-    def _tensor(self, name: str) -> Tensor:
-        if (entry := self.header.entries.get(name)) is None:
-            raise errors.MismatchedSlice(f"the slice has no tensor {name}", tensor=name)
-        return decode(self.read(entry.start, entry.stop), entry)
+    def trained_factors(self, module: str, start: Callable[[], Factors]) -> Factors:
+        """One module's factors of a trained slice; what did not travel is that of its start, the directions that it trained.
+
+        Raises MismatchedSlice where there are none, and what `compact.restored` raises.
+        """
+        a, b = f"factors/{module}/a", f"factors/{module}/b"
+        sent = self._tensors(*(name for name in (a, b) if name == b or name in self.header.entries))
+        if a in sent and a + SCALES not in sent:
+            return Factors(b=sent[b], a=sent[a])
+        old = start()
+        return Factors(b=_restored(sent, b, old.b), a=_restored(sent, a, old.a))
+
+    def trained_full(self, name: str, start: Callable[[], Tensor]) -> Tensor:
+        """One fully trained tensor of a trained slice. Raises what `trained_factors` raises."""
+        sent = self._tensors(f"full/{name}")
+        return sent[f"full/{name}"] if len(sent) == 1 else _restored(sent, f"full/{name}", start())
+
+    def _tensors(self, *names: str) -> dict[str, Tensor]:
+        """These tensors, and the scales of those that have some; neighbours in one read."""
+        known = self.header.entries
+        scaled = [name + SCALES for name in names if name in known and known[name].dtype == WIRE_NAMES[Dtype.int8]]
+        for name in (*names, *scaled):
+            if name not in known:
+                raise errors.MismatchedSlice(f"the slice has no tensor {name}", tensor=name)
+        wanted = {name: known[name] for name in (*names, *scaled)}
+        start, stop = min(e.start for e in wanted.values()), max(e.stop for e in wanted.values())
+        if stop - start > sum(e.stop - e.start for e in wanted.values()):
+            return {name: decode(self.read(e.start, e.stop), e) for name, e in wanted.items()}
+        data = memoryview(self.read(start, stop))
+        return {name: _seen(data, e, start) for name, e in wanted.items()}
+
+
+def _seen(data: memoryview, entry: Entry, start: int) -> Tensor:
+    """A tensor of the bytes that begin at `start`; where they are, unless int8 before them moved them."""
+    first, last = entry.start - start, entry.stop - start
+    return decode(data[first:last], entry) if first % Dtype.float32.size else seen(data[first:last], entry)
+
+
+def _restored(sent: Mapping[str, Tensor], name: str, old: Tensor) -> Tensor:
+    if name not in sent:
+        return old
+    return restored(name, sent[name], sent[name + SCALES], old) if name + SCALES in sent else sent[name]
 
 
 @dataclass(frozen=True)
@@ -53,10 +95,29 @@ class StoredFactors:
         return self.reader.header.label.rank
 
     def load(self) -> Factors:
-        found = self.reader.factors(self.module)
-        check_finite(f"factors/{self.module}/b", found.b)
-        check_finite(f"factors/{self.module}/a", found.a)
-        return found
+        return _finite(self.module, self.reader.factors(self.module))
+
+
+@dataclass(frozen=True)
+class TrainedFactors:
+    """One module's factors of a trained slice, the same; what did not travel is that of its start, the directions that it trained."""
+
+    reader: SliceReader
+    module: str
+    start: Callable[[], Factors]
+
+    @property
+    def rank(self) -> int:
+        return self.reader.header.label.rank
+
+    def load(self) -> Factors:
+        return _finite(self.module, self.reader.trained_factors(self.module, self.start))
+
+
+def _finite(module: str, found: Factors) -> Factors:
+    check_finite(f"factors/{module}/b", found.b)
+    check_finite(f"factors/{module}/a", found.a)
+    return found
 
 
 def open_slice(blobs: Blobs, digest: str) -> SliceReader:
@@ -70,18 +131,11 @@ def open_file(path: Path, largest_header: int = LARGEST_HEADER) -> Iterator[Slic
 
     Raises MalformedSlice, also for a header of more bytes than that: give what an honest one can have.
     """
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         length = path.stat().st_size
-        start = file.read(8)
-        start += file.read(min(int.from_bytes(start, "little"), largest_header - 8))
-        header = read_header(start, length)
-        yield SliceReader(header, partial(_read, file))
-
-
-def _read(file: BinaryIO, start: int, stop: int) -> bytes:
-    # Not mapped into memory: what was read of a large slice would count as memory of this process.
-    file.seek(start)
-    return file.read(stop - start)
+        size = min(int.from_bytes(read_at(file, 0, 8), "little"), largest_header - 8)
+        header = read_header(read_at(file, 0, 8 + size), length)
+        yield SliceReader(header, partial(read_at, file))
 
 
 # A worker merges module after module of the same contributions; their tables of contents are read once.

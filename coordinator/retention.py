@@ -4,7 +4,7 @@ A round that is forgotten keeps every row, with the digests, for the record, and
 handed out at any rank. What protects a blob is
 
     an adapter                 always
-    a slice                    while its round is not forgotten
+    a slice, a start           while its round is not forgotten
     a contribution, its base   while the round that it was merged into, or else the round of its job, is not forgotten
     parts, quarantine          while their rows are there
 

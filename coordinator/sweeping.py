@@ -36,7 +36,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from coordinator.blobs import GROWING, Blobs, StoredBlob
 from coordinator.database import Database
-from coordinator.tables import Condemned, Job, Part, PublishedSlice, Quarantined, Round
+from coordinator.tables import Condemned, Job, Part, PublishedSlice, PublishedStart, Quarantined, Round
 from protocol import errors
 from protocol.states import JobState, RoundState
 
@@ -77,8 +77,8 @@ def every_named(session: Session) -> set[str]:
 def _needed() -> list[tuple[InstrumentedAttribute[Any], Select[Any]]]:
     """The columns of digests, each with a query of those that are needed.
 
-    What a round's manifest names is named by other rows too: its inputs by their jobs, its slices by theirs, and adapters
-    by their rounds, for ever. A round that was forgotten needs only its adapter.
+    What a round's manifest names is named by other rows too: its inputs by their jobs, its slices and starts by theirs, and
+    adapters by their rounds, for ever. A round that was forgotten needs only its adapter.
     """
     kept = Round.forgotten.is_(False)
     waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None), Round.state != RoundState.abandoned)
@@ -87,6 +87,7 @@ def _needed() -> list[tuple[InstrumentedAttribute[Any], Select[Any]]]:
     return [
         (Round.adapter, select(Round.adapter)),
         (PublishedSlice.digest, select(PublishedSlice.digest).join(Round, PublishedSlice.round_id == Round.id).where(kept)),
+        (PublishedStart.digest, select(PublishedStart.digest).join(Round, PublishedStart.round_id == Round.id).where(kept)),
         (Job.slice, select(Job.slice).join(Round, merged).where(needed)),
         (Job.base, select(Job.base).join(Round, merged).where(needed)),
         (Part.digest, select(Part.digest)),

@@ -173,6 +173,17 @@ class PublishedSlice(Base):
     bytes: Mapped[int]
 
 
+class PublishedStart(Base):
+    """What training at one rank starts from after a round, where that is not the slice of that rank."""
+
+    __tablename__ = "starts"
+
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
+    rank: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), index=True)
+    bytes: Mapped[int]
+
+
 class Job(Base):
     """One client's part in a round: the unique triple makes repeated requests one."""
 
@@ -197,6 +208,7 @@ class Job(Base):
     rank_view: Mapped[Document]
     base: Mapped[str] = mapped_column(String(71), index=True)
     base_bytes: Mapped[int]
+    directions: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))  # those of the base that are trained; all if none
     epoch: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime]
     deadline: Mapped[datetime]

@@ -26,6 +26,8 @@ from coordinator.jobs import Upload
 from coordinator.reading import open_file, open_slice
 from coordinator.stores import room
 from protocol import checks, errors
+from protocol.plan import Sides
+from protocol.slices import Factors
 
 BATCH = 1 << 18  # bytes of a body that are collected in memory before they are written
 
@@ -167,15 +169,24 @@ def check_digest(spooled: Spooled, announced: str | None) -> None:
 
 def check(spooled: Spooled, wanted: Upload, blobs: Blobs) -> float:
     """‖change‖_F of a slice that may count. Raises the kind of InvalidSlice that says why it may not."""
+    expected, given = wanted.expected, open_slice(blobs, wanted.expected.base)
+
+    def old(module: str) -> Factors:
+        return given.factors(module).of(expected.directions)
+
     with open_file(spooled.path, wanted.largest_head) as trained:
-        checks.check_header(trained.header, wanted.expected)
-        for module in wanted.expected.layout.modules:
-            factors = trained.factors(module)
+
+        def new(module: str) -> Factors:
+            return trained.factors(module) if expected.sides is Sides.both else Factors(b=trained.b(module), a=old(module).a)
+
+        checks.check_header(trained.header, expected)
+        for module in expected.layout.modules:
+            factors = new(module)
             checks.check_finite(f"factors/{module}/a", factors.a)
             checks.check_finite(f"factors/{module}/b", factors.b)
-        for name in wanted.expected.layout.full:
+        for name in expected.layout.full:
             checks.check_finite(f"full/{name}", trained.full(name))
-        norm = checks.check_change(trained.factors, open_slice(blobs, wanted.expected.base).factors, wanted.expected)
+        norm = checks.check_change(new, old, expected)
     if wanted.bound is not None and norm > wanted.bound:
         raise errors.ExcessiveChange(f"the change's norm is {norm:.6g}; the plan allows {wanted.bound:g}", norm=norm, bound=wanted.bound)
     return norm

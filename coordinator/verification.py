@@ -28,6 +28,7 @@ from coordinator.jobs import plan_of
 from coordinator.merge import RoundTask, merge_round
 from coordinator.tables import Round, Run
 from protocol import errors
+from protocol.messages import BlobRef
 from protocol.plan import Plan
 from protocol.states import RoundState
 from protocol.views import Manifest
@@ -71,7 +72,7 @@ class Record:
     run: str
     number: int
     task: RoundTask | Plan | None  # None where nothing says what was merged
-    names: dict[str, str]  # "adapter", "slice of rank 2" → digest
+    names: dict[str, str]  # "adapter", "slice of rank 2", "start of rank 2" → digest
     made_with: dict[str, str]
     contradiction: str | None  # between manifest and rows
 
@@ -105,13 +106,20 @@ def records(session: Session, run: Run, number: int | None, store: str) -> list[
 
 def _record(session: Session, run: Run, row: Round, store: str) -> Record:
     manifest = None if row.manifest is None else Manifest.model_validate(row.manifest)
-    ranks = published.slices(session, row.id)
-    names = {"adapter": str(row.adapter)} | {f"slice of rank {rank}": blob.digest for rank, blob in ranks.items()}
+    ranks, starts = published.slices(session, row.id), published.own_starts(session, row.id)
+    names = _names(str(row.adapter), ranks, starts)
     task = _merged_from(session, row, store) if manifest is None else manifests.task_of(manifest, plan_of(run), store)
     contradiction = None
-    if manifest is not None and (manifest.plan, manifest.adapter.digest, manifest.slices) != (run.plan_digest, row.adapter, ranks):
+    noted = None if manifest is None else (manifest.plan, manifest.adapter.digest, manifest.slices, manifest.starts)
+    if noted is not None and noted != (run.plan_digest, row.adapter, ranks, starts):
         contradiction = "its manifest names another plan or other blobs than its rows"
     return Record(row.id, run.name, row.number, task, names, manifest.software if manifest else {}, contradiction)
+
+
+def _names(adapter: str, slices: Mapping[int, BlobRef], starts: Mapping[int, BlobRef]) -> dict[str, str]:
+    """What each of a round's blobs is, and its digest."""
+    ranks = {f"{kind} of rank {rank}": blob.digest for kind, of in (("slice", slices), ("start", starts)) for rank, blob in of.items()}
+    return {"adapter": adapter} | ranks
 
 
 def _merged_from(session: Session, row: Round, store: str) -> RoundTask | Plan | None:
@@ -173,7 +181,7 @@ class Verifier:
             if isinstance(error, errors.NotFound) and self._forgotten(record):  # since its blobs were looked at
                 return GIVEN_UP
             return Verdict.differs, f"it cannot be merged again: {error}{self._versions(record)}"
-        names = {"adapter": made.adapter.digest} | {f"slice of rank {rank}": blob.digest for rank, blob in made.slices.items()}
+        names = _names(made.adapter.digest, made.slices, made.starts)
         if wrong := [what for what in record.names | names if names.get(what) != record.names.get(what)]:
             return Verdict.differs, f"{', '.join(wrong)}: other bytes than were published{self._versions(record)}"
         count = len(task.inputs) if isinstance(task, RoundTask) else 0

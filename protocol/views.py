@@ -86,6 +86,7 @@ class ManifestInput(Strict):
     weight: float = Field(description="share of the merged sum")
     shrink: float = Field(description="share of its change that counts, by the plan's norm bound")
     base: Digest = Field(description="the slice that it started from")
+    directions: tuple[int, ...] | None = Field(default=None, description="those of the base that it trained; all if none")
     staleness: int = Field(default=0, description="versions published between its start and its merge")
 
 
@@ -99,6 +100,7 @@ class Manifest(Strict):
     inputs: list[ManifestInput]
     adapter: BlobRef
     slices: dict[int, BlobRef]
+    starts: dict[int, BlobRef] = Field(default={}, description="what training starts from, by rank; the slices if there are none")
     software: dict[str, str] = Field(description="versions of what computed it")
 
 

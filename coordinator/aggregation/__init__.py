@@ -6,6 +6,7 @@ A plan names a strategy by its file's name. Packages from outside add theirs thr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -16,13 +17,14 @@ from typing import ClassVar, TypeGuard
 from pydantic import Field, ValidationError
 
 from coordinator.contributions import Contribution, Given, ModuleRound, Weights, by_share, changes
+from coordinator.portions import Portion
 from coordinator.sums import Sum, Term
 from protocol import errors
-from protocol.plan import Choice
+from protocol.plan import Choice, Sides
 from protocol.strict import Strict
 from protocol.views import Description
 
-__all__ = ["GROUP", "Changes", "Contribution", "Given", "ModuleRound", "Strategy", "check", "describe", "load", "names"]
+__all__ = ["GROUP", "Changes", "Contribution", "Given", "ModuleRound", "Portion", "Strategy", "check", "describe", "load", "names"]
 
 GROUP = "hlora.strategies"
 
@@ -34,6 +36,8 @@ class Strategy(Strict, ABC):
     linear: ClassVar[bool]  # the sum is linear in the clients' products, so that it could be formed under masks
     gauge_free: ClassVar[bool]  # b m, m⁻¹ a gives the same sum as b, a
     equal_ranks: ClassVar[bool] = False  # it refuses a round of unequal ranks
+    portion: ClassVar[Portion] = Portion.leading  # what is handed out, and what of it is trained
+    sides: ClassVar[Sides] = Sides.both  # what of the trained directions is trained, and comes back
     equation: ClassVar[str]
     cost: ClassVar[str] = "D R² + R³"  # multiplications of one module's merge, D = n_out + n_in
     source: ClassVar[str]
@@ -106,6 +110,7 @@ def _describe(name: str, kind: type[Strategy]) -> Description:
     return Description(name=name, summary=summary, options=kind.model_json_schema(), properties=properties)
 
 
+@functools.cache  # asked for with every job
 def _files() -> list[str]:
     return [file.name for file in pkgutil.iter_modules(__path__)]
 

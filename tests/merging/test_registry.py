@@ -57,7 +57,7 @@ def test_every_strategy_has_its_line_in_the_docs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["nothing", "os", "__init__", "delta.os", "..delta", "", "Delta"])
 def test_a_name_that_is_not_there_is_refused_with_those_that_are(name: str) -> None:
-    with pytest.raises(errors.InvalidPlan, match=r"there are delta, fedavg, hetlora, hlora"):
+    with pytest.raises(errors.InvalidPlan, match=r"there are delta, .*, hlora, "):
         aggregation.load(name)
 
 

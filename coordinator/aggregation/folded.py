@@ -1,0 +1,20 @@
+"""Folded: the clients' changes, each trained on top of the whole adapter and not of its slice alone."""
+
+from __future__ import annotations
+
+from coordinator.aggregation import Changes, Portion
+
+
+class Folded(Changes):
+    """The sum of `delta`, from clients that have the whole adapter: they train its first r directions, the others stay frozen.
+
+    So no client starts from a model that lacks what its rank cannot hold, and the cap may be above the ladder's largest rank.
+    Source: the change form of FedHL, arXiv:2505.18494; the frozen remainder is added here.
+    """
+
+    exact = True
+    linear = True
+    gauge_free = True
+    portion = Portion.whole
+    equation = "W ← W + Σ p (s b a − s₀ b₀ a₀)"
+    source = "arXiv:2505.18494"
