@@ -7,7 +7,7 @@ chosen by whoever builds the parts: the network, the clock, and the machine's fi
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -23,14 +23,15 @@ from agent.training import Train, Trainer
 from coordinator import access, app, schema
 from coordinator.context import Context
 from coordinator.settings import Settings
-from protocol.messages import Enrol
+from protocol.messages import Enrol, Enrolled
 from protocol.plan import Plan
 from protocol.states import Role, RunState
 from protocol.views import EnrolmentMade, EnrolmentRequest, RoundView, RunDetail, TokenRequest
 from simulation.device import Device
 
 URL = "http://localhost"  # only a name: no packet leaves the process
-SWEEP = timedelta(seconds=1)  # simulated time of one look at every agent
+SWEEP = timedelta(seconds=1)  # simulated time of one sweep
+EVERYBODY = 100  # sweeps after which every agent asks: a coordinator gives no work to whom it has not seen lately
 
 
 @dataclass
@@ -53,19 +54,30 @@ class Federation:
     context: Context
     time: Time
     operator: httpx.AsyncClient
-    loops: Sequence[Loop] = field(default_factory=list)
+    loops: Mapping[str, Loop] = field(default_factory=dict)  # client id → its agent, in the order of their names
+    sweeps: int = 0
+    called: set[str] = field(default_factory=set)  # clients for whom the bell has rung since the last sweep
+
+    def __post_init__(self) -> None:
+        self.context.bell.pass_on(self.called.update)
 
     async def start(self, plan: Plan) -> str:
         """Make the run of a resolved plan; gives its id."""
         return RunDetail.model_validate_json(await self._call("POST", "/v1/runs", plan.model_dump_json())).id
 
     async def sweep(self) -> None:
-        """One look of the conductor, then one question for work of every agent, in the order of their names."""
+        """One look of the conductor, then one question for work of every agent that was called, in the order of their names.
+
+        Where nobody was called, and now and then anyway, everybody asks.
+        """
         self.time.pass_by(SWEEP)
         while self.context.conductor.tick():
             pass
-        for loop in self.loops:
-            await loop.step()
+        asking = self.called.copy() if self.sweeps % EVERYBODY else set(self.loops)
+        self.called.clear()
+        for client in [client for client in self.loops if client in asking] or self.loops:
+            await self.loops[client].step()
+        self.sweeps += 1
 
     async def run(self, plan: Plan) -> AsyncIterator[RunDetail]:
         """Carry a plan out; gives the run after every sweep, until it is over."""
@@ -94,6 +106,10 @@ class Federation:
         """The newest adapter as a zip archive of a PEFT folder."""
         return await self._call("GET", f"/v1/runs/{id}/adapter?rank={rank}")
 
+    async def tensors(self, id: str, round: int, rank: int) -> bytes:
+        """The tensors of a round's PEFT folder at that rank, as they stand in its file."""
+        return await self._call("GET", f"/v1/runs/{id}/adapter/adapter_model.safetensors?round={round}&rank={rank}")
+
     async def _call(self, method: str, path: str, body: str | None = None) -> bytes:
         answer = await self.operator.request(method, path, content=body, headers={"Content-Type": "application/json"})
         answer.raise_for_status()
@@ -114,12 +130,14 @@ async def federation(
         stack.callback(context.close)
         operator = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url=URL, headers=_operator(context)))
         found = Federation(context=context, time=time, operator=operator)
-        loops = []
+        loops: dict[str, Loop] = {}
         for device in sorted(devices, key=lambda device: device.name):
-            client = await stack.enter_async_context(Client(URL, await _enrol(found, device, transport), transport=transport))
+            enrolled = await _enrol(found, device, transport)
+            client = await stack.enter_async_context(Client(URL, SecretStr(enrolled.credential), transport=transport))
             own = train or Trainer(device.catalogue, device.policy)
             work = folder / "agents" / device.name
-            loops.append(Loop(client, device.trains(own), device.policy, work, wait_seconds=0, clock=_frozen, chance=random.Random(0)))
+            loop = Loop(client, device.trains(own), device.policy, work, wait_seconds=0, clock=_frozen, chance=random.Random(0))
+            loops[enrolled.id] = loop
         found.loops = loops
         yield found
 
@@ -135,9 +153,8 @@ def _operator(context: Context) -> dict[str, str]:
     return {"Authorization": f"Bearer {made.token}"}
 
 
-async def _enrol(federation: Federation, device: Device, transport: httpx.ASGITransport) -> SecretStr:
+async def _enrol(federation: Federation, device: Device, transport: httpx.ASGITransport) -> Enrolled:
     request = EnrolmentRequest(labels=device.machine.labels)
     enrolment = EnrolmentMade.model_validate_json(await federation._call("POST", "/v1/enrolments", request.model_dump_json()))
     async with Client(URL, transport=transport) as client:
-        enrolled = await client.enrol(SecretStr(enrolment.token), Enrol(name=device.name, profile=device.profile()))
-    return SecretStr(enrolled.credential)
+        return await client.enrol(SecretStr(enrolment.token), Enrol(name=device.name, profile=device.profile()))
