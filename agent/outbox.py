@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from agent import durable
 from agent.training import Outcome
-from protocol import crash, slices
+from protocol import crash
+from protocol.compact import trained_parts
 from protocol.crash import Point
 from protocol.messages import BlobRef, Job, Result, Usage
 from protocol.slices import Slice
@@ -59,11 +60,11 @@ class Outbox:
 
     folder: Path
 
-    def store(self, job: Job, outcome: Outcome, usage: Usage) -> Entry:
-        """Keep what came of a job, durably. Raises InsufficientStorage, and leaves nothing then."""
+    def store(self, job: Job, start: Slice, outcome: Outcome, usage: Usage) -> Entry:
+        """Keep what came of a job and the slice that it started from, durably. Raises InsufficientStorage, and leaves nothing then."""
         place = durable.folder(self.folder, job.id)
         try:
-            ref = None if outcome.slice is None else _write(place / SLICE, outcome.slice, job)
+            ref = None if outcome.slice is None else _write(place / SLICE, outcome.slice, start, job)
             digest, count = (None, 0) if ref is None else (ref.digest, ref.bytes)
             result = Result(epoch=job.lease.epoch, slice=digest, examples=outcome.examples, metrics=outcome.metrics, usage=usage)
             entry = self.save(Entry(job=job, result=result, bytes=count))
@@ -93,11 +94,11 @@ class Outbox:
         return [entry for name in names if (entry := self._read(name)) is not None]
 
     def find(self, job: Job) -> Entry | None:
-        """What was done already of a job that is handed out again from the same slice."""
+        """What was done already of a job that is handed out again and asks for the same."""
         entry = self._read(durable.folder(self.folder, job.id).name)
-        if entry is None or (entry.job.id, entry.job.slice, entry.job.kind) == (job.id, job.slice, job.kind):
+        if entry is None or _asked(entry.job) == _asked(job):
             return entry
-        self.remove(job.id, "the job starts from another slice now")
+        self.remove(job.id, "the job starts from another slice now, or trains another part of it")
         return None
 
     def remove(self, job: str, why: str) -> None:
@@ -123,11 +124,15 @@ class Outbox:
         return None
 
 
-def _write(file: Path, slice: Slice, job: Job) -> BlobRef:
+def _asked(job: Job) -> tuple[object, ...]:
+    return job.id, job.kind, job.slice, job.directions, job.sides
+
+
+def _write(file: Path, slice: Slice, start: Slice, job: Job) -> BlobRef:
     """Write a slice tensor by tensor; gives its name."""
     seen, count = hashlib.sha256(), 0
     with durable.writing(file) as stream:
-        for part in slices.parts(slice, job.layout, job.wire):
+        for part in trained_parts(slice, start, job.layout, job.upload, directions=job.directions, sides=job.sides):
             seen.update(part)
             count += stream.write(part)
     return BlobRef(digest=f"sha256:{seen.hexdigest()}", bytes=count)

@@ -59,8 +59,9 @@ class Worker:
             thread.exception()  # has been heard of, or is that of a job which is no longer ours
 
     def _train(self, held: Held, start: Path, fetched: dict[str, float]) -> Entry:
-        outcome = self.train(held.job, slices.read_file(start), held.tell)
-        return self.outbox.store(held.job, outcome, outcome.usage.model_copy(update=fetched))
+        given = slices.read_file(start)
+        outcome = self.train(held.job, given, held.tell)
+        return self.outbox.store(held.job, given, outcome, outcome.usage.model_copy(update=fetched))
 
     def forget(self, job: Job) -> None:
         """Remove what was kept for the case that the job is handed out again."""

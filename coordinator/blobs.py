@@ -73,12 +73,12 @@ class Blobs:
 
     def read(self, digest: str) -> bytes:
         """A whole blob."""
-        return self.read_range(digest, 0, self.size(digest))
+        return bytes(self.read_range(digest, 0, self.size(digest)))
 
-    def read_range(self, digest: str, start: int, stop: int) -> bytes:
-        """Bytes start … stop − 1 of a blob. Raises NotFound; TruncatedBody where the blob ends before."""
+    def read_range(self, digest: str, start: int, stop: int) -> bytearray:
+        """Bytes start … stop − 1 of a blob, in memory that is the caller's. Raises NotFound; TruncatedBody where the blob ends before."""
         if start >= stop:
-            return b""
+            return bytearray()
         with _translated(digest):
             data = self._store.read(_key(digest), start, stop)
         if len(data) < stop - start:

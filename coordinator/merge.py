@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import torch
 
@@ -22,10 +23,10 @@ from coordinator.assembly import Assembly, Merged, Piece, layout_of, module_piec
 from coordinator.blobs import Blobs
 from coordinator.initial import first_adapter
 from coordinator.lowrank import truncate
-from coordinator.reading import SliceReader, StoredFactors, TrainedB, open_slice
+from coordinator.reading import SliceReader, StoredFactors, TrainedFactors, open_slice
 from protocol import errors
-from protocol.plan import Plan, Sides
-from protocol.slices import TORCH_DTYPES
+from protocol.plan import Plan
+from protocol.slices import TORCH_DTYPES, Factors
 from protocol.views import Energy
 
 __all__ = ["Input", "Merged", "ModuleTask", "RoundTask", "first_adapter", "merge_module", "merge_round", "merge_tensor"]
@@ -87,11 +88,12 @@ def merge_module(task: ModuleTask) -> Piece:
     plan, round = task.round.plan, task.round.round
     n_out, n_in = task.shape
     blobs, strategy = Blobs.open(task.round.store), aggregation.check(plan.strategy)
+    started = cache(lambda digest: open_slice(blobs, digest).factors(task.name))  # many began with the same few slices
     state = ModuleRound(
         shape=(n_out, n_in),
         round=round,
         adapter=StoredFactors(open_slice(blobs, task.round.previous), task.name),
-        contributions=tuple(_contribution(blobs, input, task.name, strategy.sides) for input in task.round.inputs),
+        contributions=tuple(_contribution(blobs, input, task.name, started) for input in task.round.inputs),
         earlier=StoredFactors(open_slice(blobs, task.round.earlier), task.name) if task.round.earlier else None,
     )
     found = truncate(strategy.combine(state), plan.global_rank)
@@ -111,7 +113,8 @@ def merge_tensor(task: ModuleTask) -> Piece:
     mean = torch.zeros(task.shape, dtype=torch.float64)
     for input in task.round.inputs:
         base = open_slice(blobs, input.base)
-        mean.add_(_opened(blobs, input).full(task.name).double(), alpha=input.weight * input.shrink)
+        sent = _opened(blobs, input).trained_full(task.name, partial(base.full, task.name))
+        mean.add_(sent.double(), alpha=input.weight * input.shrink)
         if input.shrink < 1:
             mean.add_(base.full(task.name).double(), alpha=input.weight * (1 - input.shrink))
         if base.header.label.round < task.round.round - 1:
@@ -119,11 +122,10 @@ def merge_tensor(task: ModuleTask) -> Piece:
     return tensor_piece(plan, task.name, mean)
 
 
-def _contribution(blobs: Blobs, input: Input, module: str, sides: Sides) -> Contribution:
-    base, sent = open_slice(blobs, input.base), _opened(blobs, input)
-    both = sides is Sides.both
+def _contribution(blobs: Blobs, input: Input, module: str, started: Callable[[str], Factors]) -> Contribution:
+    base = open_slice(blobs, input.base)
     return Contribution(
-        factors=StoredFactors(sent, module) if both else TrainedB(sent, base, module, input.directions),
+        factors=TrainedFactors(_opened(blobs, input), module, lambda: started(input.base).of(input.directions)),
         scale=input.scale,
         weight=input.weight,
         shrink=input.shrink,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
@@ -25,7 +26,7 @@ class Store(Protocol):
     """What a store must do; keys are `sha256/<64 hex>`, an unknown one is a FileNotFoundError."""
 
     def write(self, key: str, content: bytes | Path) -> None: ...
-    def read(self, key: str, start: int, stop: int) -> bytes: ...
+    def read(self, key: str, start: int, stop: int) -> bytearray: ...
     def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]: ...
     def size(self, key: str) -> int: ...
     def delete(self, key: str) -> None: ...
@@ -92,10 +93,9 @@ class Folder:
             Path(name).unlink(missing_ok=True)
             raise
 
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        with (self._root / key).open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
+    def read(self, key: str, start: int, stop: int) -> bytearray:
+        with (self._root / key).open("rb", buffering=0) as file:
+            return read_at(file, start, stop)
 
     def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
         return _file_chunks(self._root / key, start, stop, size)
@@ -126,8 +126,8 @@ class Remote:
     def write(self, key: str, content: bytes | Path) -> None:
         obstore.put(self._store, key, content)
 
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        return obstore.get_range(self._store, key, start=start, end=stop).to_bytes()
+    def read(self, key: str, start: int, stop: int) -> bytearray:
+        return bytearray(obstore.get_range(self._store, key, start=start, end=stop))
 
     def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
         for chunk in obstore.get(self._store, key, options={"range": (start, stop)}).stream(min_chunk_size=size):
@@ -146,6 +146,17 @@ class Remote:
 
     def unfinished(self) -> Iterator[Path]:
         return iter(())  # parts of cut-off puts are the bucket's to expire
+
+
+def read_at(file: FileIO, start: int, stop: int) -> bytearray:
+    """Bytes start … stop − 1 of an open file, or as many of them as it has: copied once, into memory that is the caller's."""
+    data = bytearray(stop - start)
+    size, view = 0, memoryview(data)
+    while came := os.preadv(file.fileno(), [view[size:]], start + size):
+        size += came
+    view.release()
+    del data[size:]
+    return data
 
 
 def _file_chunks(path: Path, start: int, stop: int, size: int) -> Iterator[bytes]:

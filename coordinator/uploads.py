@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,6 @@ from coordinator.jobs import Upload
 from coordinator.reading import open_file, open_slice
 from coordinator.stores import room
 from protocol import checks, errors
-from protocol.plan import Sides
 from protocol.slices import Factors
 
 BATCH = 1 << 18  # bytes of a body that are collected in memory before they are written
@@ -171,21 +171,21 @@ def check(spooled: Spooled, wanted: Upload, blobs: Blobs) -> float:
     """‖change‖_F of a slice that may count. Raises the kind of InvalidSlice that says why it may not."""
     expected, given = wanted.expected, open_slice(blobs, wanted.expected.base)
 
+    @lru_cache(maxsize=1)  # a module is asked for once as it was and, for what did not travel, once as it is
     def old(module: str) -> Factors:
         return given.factors(module).of(expected.directions)
 
     with open_file(spooled.path, wanted.largest_head) as trained:
 
         def new(module: str) -> Factors:
-            return trained.factors(module) if expected.sides is Sides.both else Factors(b=trained.b(module), a=old(module).a)
+            found = trained.trained_factors(module, partial(old, module))
+            checks.check_finite(f"factors/{module}/a", found.a)
+            checks.check_finite(f"factors/{module}/b", found.b)
+            return found
 
         checks.check_header(trained.header, expected)
-        for module in expected.layout.modules:
-            factors = new(module)
-            checks.check_finite(f"factors/{module}/a", factors.a)
-            checks.check_finite(f"factors/{module}/b", factors.b)
         for name in expected.layout.full:
-            checks.check_finite(f"full/{name}", trained.full(name))
+            checks.check_finite(f"full/{name}", trained.trained_full(name, partial(given.full, name)))
         norm = checks.check_change(new, old, expected)
     if wanted.bound is not None and norm > wanted.bound:
         raise errors.ExcessiveChange(f"the change's norm is {norm:.6g}; the plan allows {wanted.bound:g}", norm=norm, bound=wanted.bound)

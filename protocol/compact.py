@@ -50,8 +50,13 @@ def written(name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
 def restored(name: str, steps: Tensor, sizes: Tensor, old: Tensor) -> Tensor:
     """The tensor that was written as steps from its old value, float32.
 
-    Raises NonFiniteSlice for a size that is no number, MismatchedSlice for what nobody writes: a negative size, a step of −128.
+    Raises NonFiniteSlice for a size that is no number; MismatchedSlice for what nobody writes, a negative size or a step of −128,
+    and for other shapes than the old value's.
     """
+    if steps.shape != old.shape or sizes.shape != (scales(name, tuple(old.shape)),):
+        raise errors.MismatchedSlice(
+            f"{name} has shape {list(steps.shape)}, {len(sizes)} scales and was {list(old.shape)}; equal ones were expected", tensor=name
+        )
     if not bool(torch.isfinite(sizes).all()):
         raise errors.NonFiniteSlice(f"{name}{SCALES} holds NaN or infinity", tensor=name + SCALES)
     if bool((sizes < 0).any()):

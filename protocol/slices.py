@@ -188,7 +188,7 @@ def digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def read_header(start: bytes, length: int) -> Header:
+def read_header(start: bytes | bytearray, length: int) -> Header:
     """The table of contents, from the file's first bytes and its length.
 
     Raises MalformedSlice unless it is a well-formed safetensors header with our label: valid JSON without a key twice,
@@ -265,7 +265,7 @@ def _entry(name: str, entry: object, data: int) -> Entry:
 
 def decode(data: bytes | bytearray | memoryview, entry: Entry) -> Tensor:
     """One tensor from its bytes, in the dtype in which it travelled; shares memory with nothing."""
-    return _seen(memoryview(bytearray(data)), entry)
+    return seen(memoryview(bytearray(data)), entry)
 
 
 def unpack(data: bytes) -> Slice:
@@ -285,11 +285,11 @@ def read_file(file: Path) -> Slice:
         data = memoryview(mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_COPY))  # torch wants what could be written to
     size = int.from_bytes(data[:8], "little")
     header = read_header(bytes(data[: 8 + min(size, length)]), length)
-    return _assembled(header.label, {name: _seen(data[e.start : e.stop], e) for name, e in header.entries.items()})
+    return _assembled(header.label, {name: seen(data[e.start : e.stop], e) for name, e in header.entries.items()})
 
 
-def _seen(data: memoryview, entry: Entry) -> Tensor:
-    """One tensor where its bytes are."""
+def seen(data: memoryview, entry: Entry) -> Tensor:
+    """One tensor where its bytes are; they must be writable, which torch wants, and lie at a multiple of the number's size."""
     dtype = TORCH_DTYPES[next(d for d, name in WIRE_NAMES.items() if name == entry.dtype)]
     return torch.frombuffer(data, dtype=dtype).reshape(entry.shape) if len(data) else torch.empty(entry.shape, dtype=dtype)
 

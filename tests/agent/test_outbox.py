@@ -296,7 +296,7 @@ async def test_a_stopping_agent_that_cannot_deliver_keeps_the_work_and_the_lease
 
 
 def stored(outbox: Outbox, job: Job, start: Slice) -> Entry:
-    return outbox.store(job, Outcome(examples=5, metrics={}, usage=Usage(), slice=moved(start, job)), Usage())
+    return outbox.store(job, start, Outcome(examples=5, metrics={}, usage=Usage(), slice=moved(start, job)), Usage())
 
 
 @pytest.fixture
