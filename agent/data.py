@@ -92,6 +92,17 @@ class Catalogue:
                 known=sorted(self.sources),
             ) from None
 
+    def version(self, alias: str, part: Part) -> tuple[object, ...] | None:
+        """What stays the same for as long as a part's rows do; None where that cannot be told without reading them."""
+        source = self.source(alias)
+        if source.format == "hub":
+            return None
+        try:
+            found = self._file(source.held_out if part is Part.held_out and isinstance(source.held_out, str) else source.path).stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
     def describe(self, alias: str) -> Dataset:
         """Counts and column names: all that the coordinator is told. Reads the whole data set once. Raises DataRefusal."""
         source = self.source(alias)
@@ -107,9 +118,12 @@ class Catalogue:
         kept = 0 if source.held_out is None else sum(1 for _ in self.rows(alias, Part.held_out))
         return Dataset(train=count, held_out=kept, columns=list(columns))
 
+    def _file(self, path: str) -> Path:
+        return self.folder / Path(path).expanduser()
+
     def _read(self, alias: str, source: Source, path: str, split: str) -> Iterator[Row]:
         try:
-            rows = _hub(source, split) if source.format == "hub" else READERS[source.format](self.folder / Path(path).expanduser())
+            rows = _hub(source, split) if source.format == "hub" else READERS[source.format](self._file(path))
             for count, row in enumerate(rows):
                 if count == source.max_rows:
                     return

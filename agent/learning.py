@@ -39,7 +39,8 @@ class Course:
     @classmethod
     def begin(cls, trained: list[nn.Parameter], setting: Setting, training: Training) -> Self:
         """Before the first step. AdamW starts afresh in every job."""
-        optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
+        # All tensors in one call of each kernel: the same bits, and on a processor two thirds of the time.
+        optimiser = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay, foreach=True)
         scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.half is torch.float16)
         return cls(trained, optimiser, scaler, setting.device)
 

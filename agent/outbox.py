@@ -16,12 +16,12 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from agent import durable
+from agent import durable, rounding
 from agent.training import Outcome
 from protocol import crash
 from protocol.compact import trained_parts
 from protocol.crash import Point
-from protocol.messages import BlobRef, Job, Result, Usage
+from protocol.messages import BlobRef, Job, Metric, Result, Usage
 from protocol.slices import Slice
 from protocol.strict import Strict
 
@@ -66,7 +66,8 @@ class Outbox:
         try:
             ref = None if outcome.slice is None else _write(place / SLICE, outcome.slice, start, job)
             digest, count = (None, 0) if ref is None else (ref.digest, ref.bytes)
-            result = Result(epoch=job.lease.epoch, slice=digest, examples=outcome.examples, metrics=outcome.metrics, usage=usage)
+            metrics = outcome.metrics | _rounding(outcome, start, job)
+            result = Result(epoch=job.lease.epoch, slice=digest, examples=outcome.examples, metrics=metrics, usage=usage)
             entry = self.save(Entry(job=job, result=result, bytes=count))
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
@@ -136,6 +137,12 @@ def _write(file: Path, slice: Slice, start: Slice, job: Job) -> BlobRef:
             seen.update(part)
             count += stream.write(part)
     return BlobRef(digest=f"sha256:{seen.hexdigest()}", bytes=count)
+
+
+def _rounding(outcome: Outcome, start: Slice, job: Job) -> dict[str, Metric]:
+    """The share of the change by which the slice was rounded on its way, where it was."""
+    found = None if outcome.slice is None else rounding.share(outcome.slice, start, job)
+    return {} if found is None else {"rounding": Metric(value=found, weight=outcome.examples)}
 
 
 def _oldest_first(folder: Path) -> list[Path]:

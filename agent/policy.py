@@ -23,7 +23,7 @@ class Policy(Strict):
 
     models: list[str] | None = Field(default=None, description="patterns of allowed model ids, such as sentence-transformers/*")
     data: list[str] | None = Field(default=None, description="data aliases that may be used; by default all in datasets.toml")
-    largest_rank: int | None = Field(default=None, ge=1)
+    largest_rank: int | None = Field(default=None, ge=1, description="rank that is trained; what is handed out may hold more, frozen")
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps per job")
     max_bytes: Bytes | None = Field(default=None, description="bytes up and down per job")
     hours: list[str] | None = Field(default=None, description="local times in which it may work, such as 22:00-06:00")

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from time import perf_counter
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ import torch
 from agent import learning, machine
 from agent.checkpoints import Checkpoints
 from agent.data import Catalogue, Part
-from agent.encoding import Example, encode
+from agent.encoding import Example
 from agent.learning import Setting
 from agent.policy import Policy
+from agent.prepared import Prepared
 from modelling import adapters, base
 from modelling.adapters import Adapted
 from protocol import errors, slices
@@ -94,32 +96,41 @@ class Trainer:
     clock: Callable[[], float] = perf_counter
     checkpoints: Checkpoints | None = None
 
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The device's rows, as models read them."""
+        return Prepared(self.catalogue)
+
     def __call__(self, job: Job, start: Slice, tell: Tell) -> Outcome:
         """Do a job. Raises DataRefusal, ModelRefusal, MemoryRefusal, PolicyRefusal, MismatchedSlice, NonFiniteSlice."""
         place = machine.device(self.policy.device)
         _check_start(job, start)
-        self._check_memory(job, place)
+        self._check_memory(job, start, place)
         tell(Standing("load"))
         with _memory_translated(job):
             half = precision(job, place)
             found = base.load(job.model, job.task, device=place, dtype=None if half else torch.float32)
             part = Part.train if job.kind is JobKind.train else Part.held_out
-            examples = encode(self.catalogue.rows(job.data, part), job.task, found.tokenizer, job.data)
+            examples = self.prepared.examples(job, part, found.tokenizer)
             setting = Setting(job.task, found.tokenizer.pad_token_id, found.device, half)
             clocked = Clocked(tell, self.clock, place)
             machine.forget_peak(place)
             devices = [found.device] if found.device.type == "cuda" else []
-            with adapters.adapted(found, start, job.layout, job.adapter.dropout) as adapted, torch.random.fork_rng(devices):
+            lent = adapters.adapted(found, start, job.layout, job.adapter.dropout, job.directions, job.sides)
+            with lent as adapted, torch.random.fork_rng(devices):
                 torch.manual_seed(job.seed)
                 work = self._train if job.kind is JobKind.train else self._evaluate
                 return work(job, adapted, setting, examples, clocked)
 
-    def _check_memory(self, job: Job, place: str) -> None:
+    def _check_memory(self, job: Job, start: Slice, place: str) -> None:
+        """Raises MemoryRefusal where not even the numbers fit: the model's, the slice's, and gradient and AdamW of what is trained."""
         offered = self.policy.offered(machine.memory_bytes(place))
-        size = 4 if job.training.precision == "float32" else 2
-        if (needed := size * job.layout.base.parameters) > offered:
+        base = (4 if job.training.precision == "float32" else 2) * job.layout.base.parameters
+        learned = job.layout.numbers(job.rank, job.sides) if job.kind is JobKind.train else 0
+        if (needed := base + 4 * (job.layout.numbers(start.label.rank) + 3 * learned)) > offered:
             raise errors.MemoryRefusal(
-                f"{job.model.id} alone takes {needed} bytes; {offered} are offered (memory_share, memory_bytes in policy.toml)",
+                f"{job.model.id} takes {base} bytes, with rank {start.label.rank} and what training needs at least {needed}; "
+                f"{offered} are offered (memory_share, memory_bytes in policy.toml)",
                 needed=needed,
                 offered=offered,
             )
@@ -165,9 +176,15 @@ def precision(job: Job, place: str) -> torch.dtype | None:
 
 
 def _check_start(job: Job, start: Slice) -> None:
-    """Raises MismatchedSlice unless the slice handed out is the job's."""
+    """Raises MismatchedSlice unless the slice handed out is the job's, and holds what the job trains."""
+    held = start.label.rank
+    trained = range(held) if job.directions is None else job.directions
+    if len(trained) != job.rank or len(set(trained)) != job.rank or any(position >= held for position in trained):
+        raise errors.MismatchedSlice(
+            f"the slice that was handed out has rank {held}; the job trains rank {job.rank} of it, at {job.directions or 'all positions'}",
+            slice=job.slice.digest,
+        )
     for what, came, wanted in (
-        ("rank", start.label.rank, job.rank),
         ("scale", start.label.scale, job.scale),
         ("modules", start.factors.keys(), job.layout.modules.keys()),
         ("full tensors", start.full.keys(), job.layout.full.keys()),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Set
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Base:
     fresh: frozenset[str]  # tensors that the checkpoint does not carry: the task's head
     folder: Path
     fingerprint: str
+    wrapped: dict[Hashable, dict[str, nn.Module]] = field(default_factory=dict, repr=False, compare=False)  # modules, ready for adapters
 
     @property
     def device(self) -> torch.device:
@@ -76,8 +77,8 @@ def whole_modules(model: nn.Module, tensors: Set[str]) -> list[str]:
     """The largest modules all of whose parameters are among those named."""
     whole: list[str] = []
     for name, module in model.named_modules():  # parents come before their children
-        own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
-        if name and own and own <= tensors and not inside(name, whole):
+        own = (f"{name}.{parameter}" for parameter, _ in module.named_parameters())
+        if name and next(own, None) in tensors and all(parameter in tensors for parameter in own) and not inside(name, whole):
             whole.append(name)
     return whole
 

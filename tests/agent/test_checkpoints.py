@@ -6,6 +6,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from agent.policy import Policy
 from agent.training import Outcome, Standing, Tell, Trainer
 from protocol import errors, slices
 from protocol.messages import Job
-from protocol.plan import Task
-from tests.agent.work import ROWS, catalogue, make_job, make_start
+from protocol.plan import Sides, Task
+from tests.agent.work import ROWS, catalogue, handed_out, make_job, make_start
 from tests.modelling.drawn import CLASSES, CONTINUE
 
 
@@ -52,7 +53,7 @@ class Bench:
 
     def do(self, job: Job, tell: Tell = ignore, **policy: object) -> Outcome:
         trainer = Trainer(catalogue(self.folder), Policy.model_validate(policy), checkpoints=self.checkpoints)
-        return trainer(job, make_start(self.model, job.rank, job.task), tell)
+        return trainer(job, handed_out(self.model, job), tell)
 
     def broken_off(self, job: Job, step: int) -> None:
         with pytest.raises(errors.JobOver):
@@ -70,7 +71,7 @@ def packed(outcome: Outcome, job: Job) -> bytes:
 
 def undisturbed(folder: Path, job: Job, model: Path) -> Outcome:
     """What comes of a job that nobody interrupts, on a device that keeps nothing."""
-    return Trainer(catalogue(folder))(job, make_start(model, job.rank, job.task), ignore)
+    return Trainer(catalogue(folder))(job, handed_out(model, job), ignore)
 
 
 @pytest.fixture(params=["classify", "continue"])
@@ -80,11 +81,23 @@ def setting(request: pytest.FixtureRequest) -> tuple[Path, Task]:
     return request.getfixturevalue(model), task
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_resumed_training_ends_with_the_same_bytes(tmp_path: Path, setting: tuple[Path, Task], precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "part"),
+    [
+        ("float32", {}),
+        ("bfloat16", {}),
+        ("float16", {}),
+        ("float32", {"directions": [3, 1]}),
+        ("float16", {"directions": [0, 2], "sides": Sides.b}),
+    ],
+    ids=str,
+)
+def test_a_resumed_training_ends_with_the_same_bytes(
+    tmp_path: Path, setting: tuple[Path, Task], precision: str, part: dict[str, Any]
+) -> None:
     """The model has dropout, the plan too; the rate warms up and decays; the interruptions fall into different epochs."""
     model, task = setting
-    job = make_job(model, task=task, epochs=3, warmup=0.3, weight_decay=0.1, accumulate=2, precision=precision)
+    job = make_job(model, task=task, epochs=3, warmup=0.3, weight_decay=0.1, accumulate=2, precision=precision, **part)
     job = job.model_copy(update={"adapter": job.adapter.model_copy(update={"dropout": 0.2})})
     whole = undisturbed(tmp_path, job, model)
     bench, told = Bench(tmp_path, model), list[int]()

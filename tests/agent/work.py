@@ -11,12 +11,13 @@ from agent.data import Catalogue, Source
 from modelling.layout import resolve
 from protocol import slices
 from protocol.messages import BlobRef, Job, Lease
-from protocol.plan import Dtype, Plan, Task
+from protocol.plan import Dtype, Plan, Sides, Task
 from protocol.slices import Slice, largest_length
 from protocol.states import JobKind
 from tests.modelling.drawn import CLASSES, drawn_slice, tiny_plan
 
 NOON = time(12, 0)
+WHOLE = 4  # rank of a slice of which a job trains part
 SCALE = 2.0
 ROWS: list[Mapping[str, object]] = [
     {"text": f"{filler} the {colour} one {filler}", "label": colour}
@@ -35,6 +36,11 @@ def make_start(model: Path, rank: int = 2, task: Task = CLASSES) -> Slice:
     return drawn_slice(resolved(model, task), rank, SCALE)
 
 
+def handed_out(model: Path, job: Job) -> Slice:
+    """What a job starts from."""
+    return make_start(model, job.rank if job.directions is None else WHOLE, job.task)
+
+
 def make_job(
     model: Path,
     *,
@@ -43,12 +49,15 @@ def make_job(
     task: Task = CLASSES,
     seed: int = 1,
     wire: Dtype = Dtype.float32,
+    directions: list[int] | None = None,
+    sides: Sides = Sides.both,
     **training: object,
 ) -> Job:
-    """A job as the coordinator would hand it out; changes are of the training."""
+    """A job as the coordinator would hand it out; changes are of the training. Directions are of a slice of rank WHOLE."""
     plan = resolved(model, task)
     assert plan.layout is not None
-    data = slices.pack(make_start(model, rank, task), plan.layout, wire)
+    rank = rank if directions is None else len(directions)
+    data = slices.pack(make_start(model, rank if directions is None else WHOLE, task), plan.layout, wire)
     return Job.model_validate(
         {
             "id": "job-1",
@@ -61,6 +70,8 @@ def make_job(
             "scale": SCALE,
             "seed": seed,
             "slice": BlobRef(digest=slices.digest(data), bytes=len(data)),
+            "directions": directions,
+            "sides": sides,
             "lease": Lease(epoch=1, seconds=60, no_progress_seconds=600),
             "remaining_seconds": 600,
             "max_upload_bytes": largest_length(plan.layout, rank, wire),

@@ -80,12 +80,13 @@ def by_hand(plan: Plan, slice: Slice) -> Tensor:
     return logits
 
 
-def test_the_shared_base_model_is_left_as_it_was(plan: Plan) -> None:
+@pytest.mark.parametrize("directions", [None, [1]])
+def test_the_shared_base_model_is_left_as_it_was(plan: Plan, directions: list[int] | None) -> None:
     found = load(plan)
     before = {name: tensor.clone() for name, tensor in found.model.state_dict().items()}
     modules = dict(found.model.named_modules())
     assert plan.layout is not None
-    with adapters.adapted(found, drawn_slice(plan, 2, 1.0), plan.layout, 0.1) as adapted:
+    with adapters.adapted(found, drawn_slice(plan, 2, 1.0), plan.layout, 0.1, directions) as adapted:
         adapted.model.train()
         adapted.model(IDS).logits.sum().backward()
         torch.optim.AdamW(adapted.trained(), lr=0.1).step()
