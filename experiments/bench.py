@@ -1,0 +1,101 @@
+"""All runs of an experiment, one after the other: what ended before is not done again, what was cut begins anew."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from admin import words
+from experiments import course, fleet, material
+from experiments.course import Setup
+from experiments.experiment import Contestant, Experiment
+from experiments.material import Places
+from experiments.records import Results
+
+Told = Callable[[], None]
+
+
+@dataclass
+class Pace:
+    """How long a round takes, and so how long the rest will take."""
+
+    rounds: int  # that are to be done in all
+    done: int = 0
+    began: float = field(default_factory=monotonic)
+
+    def remaining(self, rounds: int) -> float | None:
+        """Seconds that so many rounds will take; none before the first."""
+        return None if not self.done else (monotonic() - self.began) / self.done * rounds
+
+    def left(self) -> str:
+        """What is left, in words."""
+        seconds = self.remaining(self.rounds - self.done)
+        return "" if seconds is None else f"about {words.duration(seconds)} left"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Carries an experiment out."""
+
+    experiment: Experiment
+    places: Places
+    results: Results
+    console: Console
+
+    def run(self, contestants: Sequence[Contestant], seeds: Sequence[int]) -> bool:
+        """Do what is not done yet, seed by seed; says whether all is done. Every plan is checked before the first run.
+
+        Raises what plans, models and data are refused for, and Conflict where results of other settings are in the way.
+        """
+        setups = {seed: self._setup(seed) for seed in seeds}
+        waiting = [(setups[seed], contestant) for seed in seeds for contestant in contestants if not self._found(contestant, seed)]
+        lengths = [sum(plan.rounds + 1 for _, plan in course.plans(setup, contestant)) for setup, contestant in waiting]
+        pace = Pace(sum(lengths))
+        with self._following(pace) as told:
+            for (setup, contestant), rounds in zip(waiting, lengths, strict=True):
+                if self._too_late(pace, rounds):
+                    self.console.print("The budget is used up; the same command goes on from here.")
+                    return False
+                self._carry_out(setup, contestant, told)
+                self.console.print(f"{pace.done} of {pace.rounds} rounds done; {pace.left()}")
+        return True
+
+    def _found(self, contestant: Contestant, seed: int) -> bool:
+        return self.results.find(contestant, seed, self.experiment.digest(contestant)) is not None
+
+    def _setup(self, seed: int) -> Setup:
+        part = material.training(self.experiment, self.places, seed)
+        held_out = material.held_out(self.experiment, self.places)
+        return Setup(self.experiment, self.places, seed, part, held_out, fleet.members(self.experiment, part, seed))
+
+    def _carry_out(self, setup: Setup, contestant: Contestant, told: Told) -> None:
+        began = monotonic()
+        self.results.keep_partition(setup.members, setup.training, setup.seed)
+        finished = asyncio.run(course.carry_out(setup, contestant, told))
+        self.results.keep(finished)
+        round, values = finished.values[-1]
+        found = f"{words.metrics(values)} after round {round}"
+        self.console.print(f"{contestant.name}, seed {setup.seed}: {found}, in {words.duration(monotonic() - began)}")
+
+    def _too_late(self, pace: Pace, rounds: int) -> bool:
+        budget, needed = self.experiment.budget_minutes, pace.remaining(rounds)
+        return budget is not None and needed is not None and monotonic() - pace.began + needed > 60 * budget
+
+    @contextmanager
+    def _following(self, pace: Pace) -> Iterator[Told]:
+        """Show a bar while runs go on, where somebody looks; every round moves it."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            bar = progress.add_task(self.experiment.name, total=pace.rounds, left="")
+
+            def told() -> None:
+                pace.done += 1
+                progress.update(bar, completed=pace.done, left=pace.left())
+
+            yield told

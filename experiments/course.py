@@ -1,0 +1,165 @@
+"""One contestant's run with one seed: its federations carried out, and each published round measured."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from experiments import fleet, records
+from experiments.experiment import Contestant, Experiment
+from experiments.fleet import Member, Stopwatch
+from experiments.material import Part, Places
+from experiments.measuring import Measurer, Values
+from experiments.plans import plan as plan_of
+from experiments.records import Finished, Header, RoundRecord, Seconds, rounded
+from modelling.layout import resolve
+from protocol import errors
+from protocol.plan import Plan
+from protocol.states import JobKind, JobState, RunState
+from protocol.views import RoundView
+from simulation.federation import Federation, federation
+
+EXECUTOR = "threads://1"  # what a run costs shall not depend on how many cores are free
+LOST = (JobState.expired, JobState.released, JobState.rejected, JobState.cancelled)
+Told = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contestants of one seed have in common."""
+
+    experiment: Experiment
+    places: Places
+    seed: int
+    training: Part
+    held_out: Part
+    members: Sequence[Member]
+
+
+def plans(setup: Setup, contestant: Contestant) -> list[tuple[list[Member], Plan]]:
+    """The contestant's federations, each with its plan. Raises InvalidPlan."""
+    model = setup.places.model(setup.experiment)
+    teams = fleet.teams(contestant, setup.members)
+    return [(team, plan_of(setup.experiment, contestant, model, team, setup.seed)) for team in teams]
+
+
+async def carry_out(setup: Setup, contestant: Contestant, told: Told) -> Finished:
+    """Carry out the contestant's federations, one after the other; `told` hears of every round.
+
+    Raises Conflict with the reason if a run does not go on, and whatever plan, model or data are refused for.
+    """
+    courses = []
+    for team, plan in plans(setup, contestant):
+        with tempfile.TemporaryDirectory(prefix="hlora-") as folder:
+            resolved = resolve(plan)
+            course = _Course(setup, team, resolved, Path(folder))
+            rounds = []
+            async for record in course.rounds():
+                told()
+                rounds.append(record)
+        courses.append(rounds)
+    header = _header(setup, contestant, resolved)
+    return Finished(header, [_together(round, header.headline) for round in zip(*courses, strict=True)])
+
+
+class _Course:
+    """One federation, from its first round to its last."""
+
+    def __init__(self, setup: Setup, team: Sequence[Member], plan: Plan, folder: Path) -> None:
+        self._setup, self._plan = setup, plan
+        self._measures = setup.experiment.measures
+        self._measurer = Measurer.prepared(plan, setup.held_out, self._measures.batch_size)
+        self._stopwatch = Stopwatch()
+        self._folder = folder
+        rows = folder / "rows"
+        rows.mkdir()
+        disturbances = setup.experiment.disturbances
+        self._devices = fleet.devices(team, setup.training, rows, setup.seed, disturbances, self._stopwatch)
+
+    async def rounds(self) -> AsyncIterator[RoundRecord]:
+        """Each round once it is published."""
+        async with federation(self._devices, self._folder, executor=EXECUTOR) as found:
+            told, trained, began = -1, 0.0, perf_counter()
+            async for run in found.run(self._plan):
+                for number in range(told + 1, run.round + 1):
+                    view = await found.round(run.id, number)
+                    passed = perf_counter() - began
+                    yield await self._record(found, run.id, view, passed, self._stopwatch.seconds - trained)
+                    told, trained, began = number, self._stopwatch.seconds, perf_counter()
+                if run.state not in (RunState.running, RunState.finished):
+                    raise errors.Conflict(f"{self._plan.name} is {run.state}: {run.reason}")
+
+    async def _record(self, found: Federation, run: str, view: RoundView, whole: float, train: float) -> RoundRecord:
+        began = perf_counter()
+        measures = {rank: self._measurer.measure(await found.tensors(run, view.number, rank), rank) for rank in self._ranks(view.number)}
+        seconds = Seconds(
+            whole=rounded(whole), train=rounded(train), merge=view.merge_seconds or 0.0, measure=rounded(perf_counter() - began)
+        )
+        return RoundRecord(
+            round=view.number,
+            contributions=view.contributions,
+            lost=sum(job.kind is JobKind.train and job.state in LOST for job in view.jobs),
+            ranks=view.ranks,
+            bytes_up=view.bytes_up,
+            bytes_down=view.bytes_down,
+            kept={rank: rounded(share) for rank, share in view.kept_energy.items()},
+            measures={rank: {kind: _brief(values) for kind, values in kinds.items()} for rank, kinds in measures.items()},
+            seconds=seconds,
+        )
+
+    def _ranks(self, number: int) -> list[int]:
+        """The ranks at which a round is measured."""
+        if number in (0, self._plan.rounds) or number % self._measures.rungs_every == 0:
+            rungs = {*self._setup.experiment.ranks, *self._plan.ranks.ladder, self._plan.global_rank}
+            return sorted(rank for rank in rungs if rank <= self._plan.global_rank)
+        return [] if number % self._measures.every else [self._plan.ranks.ladder[-1]]
+
+
+def _brief(values: Values) -> Values:
+    return {name: rounded(value) for name, value in values.items()}
+
+
+def _header(setup: Setup, contestant: Contestant, plan: Plan) -> Header:
+    named = plan.model_copy(update={"model": plan.model.model_copy(update={"id": setup.experiment.model})})
+    assert plan.model.fingerprint is not None, "a resolved plan has its model's fingerprint"
+    return Header(
+        experiment=setup.experiment.name,
+        contestant=contestant.name,
+        seed=setup.seed,
+        settings=setup.experiment.digest(contestant),
+        plan=named.digest(),
+        model=plan.model.fingerprint,
+        ranks={kind.name: contestant.rank or kind.rank for kind in setup.experiment.classes},
+        mixes={name: _brief(mix) for name, mix in fleet.mixes(setup.members, setup.training).items()},
+        headline=plan.ranks.ladder[-1],
+        software=records.software(),
+        machine=records.machine(),
+    )
+
+
+def _together(rounds: Sequence[RoundRecord], headline: int) -> RoundRecord:
+    """The same round of federations that never meet: measures as means, each at its own rank; counts and seconds as sums."""
+    if len(rounds) == 1:
+        return rounds[0]
+    measured = [round.measures[max(round.measures)] for round in rounds if round.measures]  # each at its own rank
+    return RoundRecord(
+        round=rounds[0].round,
+        contributions=sum(round.contributions for round in rounds),
+        lost=sum(round.lost for round in rounds),
+        ranks={},
+        bytes_up=sum(round.bytes_up for round in rounds),
+        bytes_down=sum(round.bytes_down for round in rounds),
+        kept={},
+        measures={headline: _means(measured)} if measured else {},
+        seconds=Seconds(**{name: rounded(sum(getattr(r.seconds, name) for r in rounds)) for name in Seconds.model_fields}),
+    )
+
+
+def _means(measures: Sequence[dict[str, Values]]) -> dict[str, Values]:
+    return {
+        kind: {name: rounded(sum(m[kind][name] for m in measures) / len(measures)) for name in values}
+        for kind, values in measures[0].items()
+    }

@@ -1,0 +1,80 @@
+"""What a published adapter is worth at a rank: the product's own read-out, measured by the code that agents measure with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import safetensors.torch
+import torch
+
+from agent import learning
+from agent.encoding import Example, encode
+from agent.learning import Setting
+from coordinator.adapters import PREFIX
+from experiments.material import Part
+from experiments.records import ALL
+from modelling import adapters, base
+from modelling.base import Base
+from protocol.messages import Metric
+from protocol.plan import Layout, Plan
+from protocol.slices import Factors, Label, Slice
+
+Values = dict[str, float]  # loss, and for classifiers accuracy and f1
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Held-out rows, ready to be measured on."""
+
+    base: Base
+    layout: Layout
+    setting: Setting
+    examples: Mapping[str, Sequence[Example]]  # kind → its rows
+    batch_size: int
+
+    @classmethod
+    def prepared(cls, plan: Plan, part: Part, batch_size: int) -> Self:
+        """Load the plan's base model and encode the rows. Raises ModelRefusal, DataRefusal."""
+        assert plan.layout is not None, "a plan is resolved before it runs"
+        found = base.load(plan.model, plan.task, dtype=torch.float32)
+        setting = Setting(plan.task, found.tokenizer.pad_token_id, found.device, None)
+        kinds = {kind: encode(part.of(kind), plan.task, found.tokenizer, kind) for kind in sorted(set(part.kinds))}
+        return cls(found, plan.layout, setting, kinds, batch_size)
+
+    def measure(self, adapter: bytes, rank: int) -> dict[str, Values]:
+        """Each kind's values, and those of all, for the tensors of a PEFT folder of that rank.
+
+        All of a language model: the mean over kinds, whatever their sizes. All of a classifier: over rows.
+        """
+        with adapters.adapted(self.base, _slice(adapter, self.layout, rank), self.layout, 0.0) as adapted:
+            found = {
+                kind: learning.measure(adapted, self.setting, examples, self.batch_size, _unheard)
+                for kind, examples in self.examples.items()
+            }
+            values = {kind: _values(metrics) for kind, metrics in found.items()}
+            if self.setting.task.kind == "causal-lm":
+                return {ALL: {"loss": sum(v["loss"] for v in values.values()) / len(values)}, **values}
+            if len(found) == 1:
+                return {ALL: next(iter(values.values()))}
+            together = [example for examples in self.examples.values() for example in examples]
+            return {ALL: _values(learning.measure(adapted, self.setting, together, self.batch_size, _unheard)), **values}
+
+
+def _values(metrics: Mapping[str, Metric]) -> Values:
+    return {name: metric.value for name, metric in metrics.items() if name != "perplexity"}
+
+
+def _unheard(step: int, steps: int, loss: float) -> None:
+    """Nobody waits for a measure's single batches."""
+
+
+def _slice(adapter: bytes, layout: Layout, rank: int) -> Slice:
+    """What lies under PEFT's names, as a slice of scale 1: there alpha is the rank."""
+    tensors = safetensors.torch.load(adapter)
+    return Slice(
+        Label(rank=rank, scale=1.0, round=0),
+        {m: Factors(b=tensors[f"{PREFIX}{m}.lora_B.weight"], a=tensors[f"{PREFIX}{m}.lora_A.weight"]) for m in layout.modules},
+        {name: tensors[PREFIX + name] for name in layout.full},
+    )

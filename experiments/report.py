@@ -1,0 +1,43 @@
+"""What came of an experiment: tables to look at, and beside the results as a page with pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+
+from experiments import curves
+from experiments.experiment import Experiment, read
+from experiments.records import FILE, Finished, Results
+from experiments.tables import Table, tables
+from protocol import errors
+
+
+def opened(folder: Path) -> tuple[Experiment, list[Finished]]:
+    """The experiment of some results, and its runs by contestant and seed. Raises InvalidRequest where there are none."""
+    if not (folder / FILE).is_file():
+        raise errors.InvalidRequest(f"{folder} holds no results: there is no {FILE} in it")
+    experiment, runs = read(folder / FILE), Results(folder).all()
+    if not runs:
+        raise errors.InvalidRequest(f"no run of {experiment.name} has ended in {folder} yet")
+    return experiment, runs
+
+
+def written(folder: Path) -> RenderableType:
+    """The tables; they are in report.md, too, beside curves.png and curves.svg. Raises InvalidRequest where there are no results."""
+    experiment, runs = opened(folder)
+    found = tables(experiment, runs)
+    curves.draw(experiment, runs, folder)
+    text = "\n".join(table.markdown() for table in found)
+    (folder / "report.md").write_text(f"# {experiment.name}\n\n{experiment.question}\n\n![Curves](curves.svg)\n\n{text}", "utf-8")
+    return Group(*(_rich(table) for table in found))
+
+
+def _rich(table: Table) -> RichTable:
+    shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for n, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if n else "left")
+    for row in table.rows:
+        shown.add_row(*(cell.strip("*") for cell in row))
+    return shown

@@ -1,0 +1,107 @@
+"""What runs say, in numbers that can be compared: where they ended, how soon they were where others ended, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from experiments.experiment import Experiment
+from experiments.records import ALL, Finished
+
+BySeed = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """All runs of one contestant, by seed."""
+
+    name: str
+    runs: Mapping[int, Finished]
+    metric: str
+
+    def final(self) -> BySeed:
+        """The last value at the largest rank that any device runs."""
+        return {seed: self.curve(run)[-1][1] for seed, run in self.runs.items()}
+
+    def mean(self) -> BySeed:
+        """The mean of that value over all rounds: the area under its curve, by the trapezoid rule, through their number."""
+        return {seed: area(self.curve(run)) for seed, run in self.runs.items()}
+
+    def curve(self, run: Finished) -> list[tuple[int, float]]:
+        """The rounds that were measured, and the value after each."""
+        return [(round, values[self.metric]) for round, values in run.values]
+
+    def at(self, rank: int) -> BySeed:
+        """The last value of the adapter cut to that rank; of runs whose adapter has it."""
+        last = {seed: run.rounds[-1].measures for seed, run in self.runs.items()}
+        return {seed: measures[rank][ALL][self.metric] for seed, measures in last.items() if rank in measures}
+
+    def beyond(self, rank: int) -> BySeed:
+        """The share of the last update's energy that a slice of that rank does not hold."""
+        last = {seed: run.rounds[-1].kept for seed, run in self.runs.items()}
+        return {seed: 1 - kept[rank] for seed, kept in last.items() if rank in kept}
+
+    def by_class(self, kind: str) -> BySeed:
+        """The last value for one class of devices: at its own rank, on its own mix of rows."""
+        found = {}
+        for seed, run in self.runs.items():
+            at = run.rounds[-1].measures.get(run.header.ranks[kind])
+            if at is not None and run.header.mixes[kind].keys() <= at.keys():
+                found[seed] = sum(share * at[rows][self.metric] for rows, share in run.header.mixes[kind].items())
+            elif at is not None:
+                found[seed] = at[ALL][self.metric]
+        return found
+
+    def rounds_to(self, target: BySeed, better: int) -> dict[int, float | None]:
+        """Rounds until the value is as good as the target's of the same seed; none where it never was."""
+        return {seed: reached(self.curve(run), target[seed], better) for seed, run in self.runs.items() if seed in target}
+
+    def bytes_to(self, target: BySeed, better: int) -> dict[int, float | None]:
+        """Bytes up and down until then."""
+        rounds = self.rounds_to(target, better)
+        return {seed: None if n is None else _bytes(self.runs[seed], n) for seed, n in rounds.items()}
+
+    def bytes(self) -> BySeed:
+        """Bytes up and down in all."""
+        return {seed: _bytes(run, len(run.rounds) - 1) for seed, run in self.runs.items()}
+
+    def seconds(self, part: str) -> BySeed:
+        """Seconds of one part of the work, of all rounds together."""
+        return {seed: sum(getattr(round.seconds, part) for round in run.rounds) for seed, run in self.runs.items()}
+
+
+def lines(experiment: Experiment, runs: Sequence[Finished]) -> list[Line]:
+    """The contestants that have runs, in the experiment's order."""
+    own = {c.name: {run.header.seed: run for run in runs if run.header.contestant == c.name} for c in experiment.contestants}
+    return [Line(name, found, experiment.measures.metric) for name, found in own.items() if found]
+
+
+def better(experiment: Experiment) -> int:
+    """1 where a larger value is better, −1 where a smaller one is."""
+    return -1 if experiment.measures.metric == "loss" else 1
+
+
+def area(curve: Sequence[tuple[int, float]]) -> float:
+    """The mean height of a curve of straight pieces."""
+    if len(curve) == 1:
+        return curve[0][1]
+    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(curve)) / (curve[-1][0] - curve[0][0])
+
+
+def reached(curve: Sequence[tuple[int, float]], target: float, better: int) -> float | None:
+    """Where a curve of straight pieces first is as good as the target; none if it never is."""
+    if better * (curve[0][1] - target) >= 0:
+        return float(curve[0][0])
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if better * (y1 - target) >= 0:
+            return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
+    return None
+
+
+def _bytes(run: Finished, rounds: float) -> float:
+    """Bytes of the first so many rounds, a part of a round for its part."""
+    sums = [0.0, *accumulate(round.bytes_up + round.bytes_down for round in run.rounds[1:])]
+    whole = min(int(rounds), len(sums) - 1)
+    part = rounds - whole
+    return sums[whole] + (part * (sums[whole + 1] - sums[whole]) if part and whole + 1 < len(sums) else 0.0)

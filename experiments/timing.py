@@ -1,0 +1,61 @@
+"""What the bench costs beside what it is there for: the time outside the agents' training steps and the coordinator's merging."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pydantic import BaseModel
+
+from admin import words
+from experiments import course, fleet, material, records
+from experiments.course import Setup
+from experiments.experiment import Contestant, Experiment
+from experiments.material import Places
+
+
+class Overhead(BaseModel):
+    """Seconds of the first rounds of one run, without the time that measuring takes."""
+
+    contestant: str
+    agents: int  # that train in a round
+    rounds: int
+    train: float
+    merge: float
+    other: float
+    measure: float  # beside all of these
+    machine: dict[str, str]
+
+    @property
+    def share(self) -> float:
+        """The other time, as a share of training and merging."""
+        return self.other / (self.train + self.merge)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rounds} rounds of {self.agents} agents, {self.contestant}: training {words.duration(self.train)}, merging "
+            f"{words.duration(self.merge)}, everything else {words.duration(self.other)}: {words.share(self.share)} of the two. "
+            f"Measuring beside it took {words.duration(self.measure)}."
+        )
+
+
+def timed(experiment: Experiment, contestant: Contestant, places: Places, rounds: int) -> Overhead:
+    """Time so many rounds of a contestant. What is made once, before the first round, is counted too.
+
+    Raises what plans, models and data are refused for.
+    """
+    short = experiment.model_copy(update={"plan": {**experiment.plan, "rounds": rounds}})
+    part = material.training(short, places, 0)
+    setup = Setup(short, places, 0, part, material.held_out(short, places), fleet.members(short, part, 0))
+    finished = asyncio.run(course.carry_out(setup, contestant, lambda: None))
+    spent = [round.seconds for round in finished.rounds]
+    train, merge = sum(s.train for s in spent), sum(s.merge for s in spent[1:])
+    return Overhead(
+        contestant=contestant.name,
+        agents=max(round.contributions for round in finished.rounds),
+        rounds=rounds,
+        train=train,
+        merge=merge,
+        other=max(0.0, sum(s.whole for s in spent) - train - merge),
+        measure=sum(s.measure for s in spent),
+        machine=records.machine(),
+    )
