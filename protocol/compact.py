@@ -17,7 +17,7 @@ from torch import Tensor
 
 from protocol import errors
 from protocol.plan import Dtype, Layout, Sides
-from protocol.slices import SCALES, Slice, head, names, numbers, parts, scales, tensors
+from protocol.slices import SCALES, TORCH_DTYPES, Slice, head, names, numbers, parts, scales, tensors
 
 STEPS = 127
 
@@ -36,6 +36,11 @@ def trained_parts(
         steps, sizes = written(name, new, old)
         yield numbers(steps, Dtype.int8)
         yield numbers(sizes, Dtype.float32)
+
+
+def arrived(name: str, new: Tensor, old: Tensor, dtype: Dtype) -> Tensor:
+    """A trained tensor of that name, and old value, as it is read at the other end."""
+    return restored(name, *written(name, new, old), old) if dtype is Dtype.int8 else new.to(TORCH_DTYPES[dtype])
 
 
 def written(name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from coordinator.app import build, create_app
 from coordinator.context import Context
 from coordinator.settings import Settings
 from protocol import errors, slices
+from protocol.compact import trained_parts
 from protocol.messages import (
     Dataset,
     Enrol,
@@ -186,7 +187,8 @@ class Device(Caller):
     async def trained(self, job: Job, *, size: float = 0.1, salt: int = 0) -> bytes:
         """A slice as if it had been trained: the one that was handed out, moved by noise that the job's seed decides."""
         start = slices.unpack(await self.blob(job.slice.digest))
-        return slices.pack(moved(start, job, size=size, salt=salt), job.layout, job.wire)
+        trained = moved(start, job, size=size, salt=salt)
+        return b"".join(trained_parts(trained, start, job.layout, job.upload, directions=job.directions, sides=job.sides))
 
     async def put_slice(self, job: Job, data: bytes, *, epoch: int | None = None, headers: Mapping[str, str] | None = None) -> SliceReceipt:
         sent = {"Lease-Epoch": str(epoch or job.lease.epoch), "Repr-Digest": repr_digest(data)} | dict(headers or {})
@@ -242,7 +244,8 @@ def moved(start: Slice, job: Job, *, size: float = 0.1, salt: int = 0) -> Slice:
         return tensor + size * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
     label = Label(rank=job.rank, scale=job.scale, round=job.round, base=job.slice.digest, examples=5)
-    factors = {module: Factors(b=noisy(pair.b), a=noisy(pair.a)) for module, pair in start.factors.items()}
+    chosen = {module: pair.of(job.directions) for module, pair in start.factors.items()}
+    factors = {module: Factors(b=noisy(pair.b), a=noisy(pair.a)) for module, pair in chosen.items()}
     return Slice(label, factors, {name: noisy(tensor) for name, tensor in start.full.items()})
 
 
