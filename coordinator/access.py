@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from coordinator import paging
@@ -72,11 +72,14 @@ def identify(session: Session, secret: str | None, allowed: Collection[Kind]) ->
     return caller
 
 
+_CLIENT = select(Client.id, Client.name).where(Client.digest == bindparam("digest"), Client.state != ClientState.revoked)
+
+
 def _find(session: Session, secret: str) -> Caller | None:
     stored = digest(secret)
     match secret.partition("_")[0]:
         case Kind.client:
-            client = session.scalar(select(Client).where(Client.digest == stored, Client.state != ClientState.revoked))
+            client = session.connection().execute(_CLIENT, {"digest": stored}).first()
             return None if client is None else Caller(Kind.client, client.id, client.name)
         case Kind.enrolment:
             enrolment = session.scalar(select(Enrolment).where(Enrolment.digest == stored))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -112,14 +112,13 @@ def set_profile(session: Session, id: str, profile: Profile, now: datetime) -> C
     return itself(session, id)
 
 
-def seen(session: Session, id: str, now: datetime) -> None:
-    """Note that the client is there."""
-    all_seen(session, [id], now)
-
-
 def all_seen(session: Session, ids: Collection[str], now: datetime) -> None:
     """Note that these clients are there."""
-    session.execute(update(Client).where(Client.id.in_(ids)).values(last_seen=now).execution_options(synchronize_session=False))
+    if ids:
+        session.connection().execute(_SEEN, {"ids": list(ids), "now": now})
+
+
+_SEEN = update(Client).where(Client.id.in_(bindparam("ids", expanding=True))).values(last_seen=bindparam("now"))
 
 
 def pace(least: float, crowd: int) -> float:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.engine import Engine
@@ -21,11 +20,9 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from coordinator.grouping import Group
 from protocol import crash, errors
 
 Clock = Callable[[Session], datetime]
-T = TypeVar("T")
 
 
 def database_clock(session: Session) -> datetime:
@@ -109,7 +106,6 @@ class Database:
         self._writers = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
         # SQLite lets one write at a time, and who waits for it sleeps and tries again: here the next one goes on at once.
         self._turn = threading.Lock() if self.engine.dialect.name == "sqlite" else None
-        self._group = Group(self._writers, self._turn) if self._turn else None
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -127,16 +123,6 @@ class Database:
             yield session
         for reached in (*session.info.get("events", ()), *([point] if point else [])):
             crash.reached(reached)
-
-    def together(self, work: Callable[[Session], T], point: crash.Point | None = None) -> T:
-        """What the work gives in a write transaction, which on SQLite it shares with whatever else waits for one.
-
-        It may be done again before it is committed, so it touches nothing but the session. Raises what it raises.
-        """
-        if self._group is not None:
-            return self._group.do(work, point)
-        with self.write(point) as session:
-            return work(session)
 
     def close(self) -> None:
         self.engine.dispose()

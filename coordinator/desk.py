@@ -1,47 +1,79 @@
-"""Where polls that have to write come together: one transaction for all that stand here at the same moment.
+"""Where small writes come together: one transaction for all that are brought while another one is under way.
 
-A round that opens wakes a whole fleet at once, and every agent's question is a sign that it is there. One transaction for each
-would keep the database busy with being durable. Whoever comes while one transaction is under way goes into the next.
+A round that opens wakes a whole fleet at once, and every agent's question is a sign that it is there; then their slices come, and
+their results. One transaction for each would keep the database busy with being durable. Who is told that something is done is told
+after the commit, as if it had been alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
 
 import structlog
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from coordinator import clients, leasing
 from coordinator.database import Database
 from protocol import crash
 from protocol.crash import Point
+from protocol.errors import HLoRAError
 from protocol.messages import Job
 
 log = structlog.get_logger()
-LARGEST = 200  # clients served in one transaction
+LARGEST = 200  # errands in one transaction
 NOTED_EVERY = 1.0  # seconds: that a client waits without work is written so often, for all of them
-Waiting = asyncio.Future[Job | None]
+T = TypeVar("T")
+R = TypeVar("R")
+# What is done for some clients, in the order of their ids, each with something of its own: what came of it, or why it is refused.
+# It may be done again before it is committed, so it touches nothing but the session, and a refusal has written nothing.
+Work = Callable[[Session, Sequence[T], datetime], Sequence[R | HLoRAError]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Errand:
+    work: Work[Any, Any]
+    client: str
+    thing: Any
+    point: Point | None
+    outcome: asyncio.Future[Any]
+
+    def tell(self, outcome: object) -> None:
+        if self.outcome.done():  # its request was cancelled
+            return
+        if isinstance(outcome, Exception):
+            self.outcome.set_exception(outcome)
+        else:
+            self.outcome.set_result(outcome)
 
 
 class Desk:
-    """Hands jobs out to those who come, and writes down who was there. Used from one event loop."""
+    """Does what clients bring, and writes down who was there. Used from one event loop."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._standing: list[tuple[str, Waiting]] = []
+        self._standing: list[_Errand] = []
         self._serving: asyncio.Task[None] | None = None
         self._noted: set[str] = set()
         self._noting: asyncio.Task[None] | None = None
 
-    async def come(self, client: str) -> Job | None:
-        """The client's next job under a fresh lease, if there is one; that it was here is written when this returns."""
-        waiting: Waiting = asyncio.get_running_loop().create_future()
-        self._standing.append((client, waiting))
+    async def bring(self, work: Work[T, R], client: str, thing: T, point: Point | None = None) -> R:
+        """What came of it, once that is committed and the crash point behind it is passed. Raises the refusal, if it was one."""
+        errand = _Errand(work, client, thing, point, asyncio.get_running_loop().create_future())
+        self._standing.append(errand)
         if self._serving is None or self._serving.done():
             self._serving = asyncio.create_task(self._serve())
-        return await waiting
+        found: R = await errand.outcome
+        return found
+
+    async def come(self, client: str) -> Job | None:
+        """The client's next job under a fresh lease, if there is one; that it was here is written when this returns."""
+        return await self.bring(_hand_out, client, client, Point.job_leased)
 
     def note(self, client: str) -> None:
         """Write down soon that the client is here. Should this process die before, it asks again anyway."""
@@ -51,48 +83,48 @@ class Desk:
 
     async def _serve(self) -> None:
         while self._standing:
-            await self._hand(self._next_batch())
+            await self._carry_out(self._next_batch())
 
-    async def _hand(self, batch: dict[str, Waiting]) -> None:
+    def _next_batch(self) -> list[_Errand]:
+        """The first of each client: who asks twice at once gets two leases, one after the other."""
+        batch: dict[str, _Errand] = {}
+        rest: list[_Errand] = []
+        for errand in self._standing:
+            if errand.client in batch or len(batch) == LARGEST:
+                rest.append(errand)
+            else:
+                batch[errand.client] = errand
+        self._standing = rest
+        return [batch[client] for client in sorted(batch)]
+
+    async def _carry_out(self, batch: Sequence[_Errand]) -> None:
         try:
-            jobs = await run_in_threadpool(self._hand_out, list(batch))
+            outcomes = await run_in_threadpool(self._commit, batch)
         except Exception as error:  # noqa: BLE001  # each hears of its own
             await self._apart(batch, error)
         else:
-            for client, waiting in batch.items():
-                if not waiting.done():  # its request may have been cancelled
-                    waiting.set_result(jobs.get(client))
+            for errand in batch:
+                errand.tell(outcomes[errand])
 
-    async def _apart(self, batch: dict[str, Waiting], error: Exception) -> None:
+    async def _apart(self, batch: Sequence[_Errand], error: Exception) -> None:
         """What fails for one client shall not fail for the others."""
-        if len(batch) > 1:
-            for client, waiting in batch.items():
-                await self._hand({client: waiting})
+        if len(batch) == 1:
+            batch[0].tell(error)
             return
-        for waiting in batch.values():
-            if not waiting.done():
-                waiting.set_exception(error)
+        for errand in batch:
+            await self._carry_out([errand])
 
-    def _next_batch(self) -> dict[str, Waiting]:
-        """The first of each client: who asks twice at once gets two leases, one after the other."""
-        batch: dict[str, Waiting] = {}
-        rest: list[tuple[str, Waiting]] = []
-        for client, waiting in self._standing:
-            if client in batch or len(batch) == LARGEST:
-                rest.append((client, waiting))
-            else:
-                batch[client] = waiting
-        self._standing = rest
-        return batch
-
-    def _hand_out(self, batch: Sequence[str]) -> dict[str, Job]:
+    def _commit(self, batch: Sequence[_Errand]) -> dict[_Errand, object]:
+        outcomes: dict[_Errand, object] = {}
         with self._database.write() as session:
             now = self._database.clock(session)
-            jobs = leasing.hand_out(session, batch, now)
-            clients.all_seen(session, batch, now)  # after the jobs, as everywhere: two requests that wait for each other would never end
-        for _ in jobs:
-            crash.reached(Point.job_leased)
-        return jobs
+            for work in dict.fromkeys(errand.work for errand in batch):
+                group = [errand for errand in batch if errand.work == work]
+                outcomes |= zip(group, work(session, [errand.thing for errand in group], now), strict=True)
+        for errand, outcome in outcomes.items():
+            if errand.point is not None and outcome is not None and not isinstance(outcome, HLoRAError):
+                crash.reached(errand.point)
+        return outcomes
 
     async def _write_down(self) -> None:
         while self._noted:
@@ -106,3 +138,9 @@ class Desk:
                 clients.all_seen(session, noted, self._database.clock(session))
         except SQLAlchemyError as error:
             log.warning("presence-not-written", clients=len(noted), reason=str(error.__cause__ or error))
+
+
+def _hand_out(session: Session, ids: Sequence[str], now: datetime) -> list[Job | HLoRAError | None]:
+    given = leasing.hand_out(session, ids, now)
+    clients.all_seen(session, ids, now)  # after the jobs, as everywhere: two requests that wait for each other would never end
+    return [given.get(client) for client in ids]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
 
 import structlog
 from pydantic import JsonValue
-from sqlalchemy import CursorResult, delete, func, select
+from sqlalchemy import CursorResult, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from coordinator import tables
@@ -30,6 +32,31 @@ def record(
     session.add(tables.Event(at=now, kind=kind, run_id=run, round=round, client=client, facts=facts))
     session.info.setdefault("events", []).append(kind)  # each is a point to crash at, once it is committed
     log.info(kind, run=run, round=round, client=client, **facts)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of state, to be noted together with others."""
+
+    kind: str
+    run: str
+    round: int
+    client: str
+    facts: Mapping[str, JsonValue]
+
+
+def record_all(session: Session, now: datetime, changes: Sequence[Change]) -> None:
+    """Note many changes of state in one statement."""
+    if not changes:
+        return
+    rows = [{"at": now, "kind": c.kind, "run_id": c.run, "round": c.round, "client": c.client, "facts": dict(c.facts)} for c in changes]
+    session.connection().execute(_INSERT, rows)
+    session.info.setdefault("events", []).extend(change.kind for change in changes)
+    for change in changes:
+        log.info(change.kind, run=change.run, round=change.round, client=change.client, **change.facts)
+
+
+_INSERT = insert(tables.Event)
 
 
 def after(session: Session, id: int, run: str | None, limit: int = 500) -> list[Event]:

@@ -1,4 +1,4 @@
-"""The life of a job, seen from the client that holds it: renewed, given back, answered.
+"""The life of a job, seen from the client that holds it; what clients say all the time, many of them at once, is next door.
 
     queued → leased → submitted → accepted
        │        ├──→ expired (lease lost)       ──┐ taken up again by the same client,
@@ -12,29 +12,38 @@ that no two holders of one job can both succeed.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, and_, select, update
+from sqlalchemy import ColumnElement, CursorResult, Row, and_, bindparam, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import aggregation, clients, events, quarantine, sweeping
-from coordinator.blobs import Blobs
+from coordinator import aggregation, clients, events, quarantine
 from coordinator.tables import Job, Round, Run
 from protocol import errors, messages
 from protocol.checks import Expected
-from protocol.messages import Progress, Renewal, Result, Verdict
 from protocol.plan import Plan
 from protocol.slices import body_length, largest_length
-from protocol.states import JobKind, JobState, RunState
+from protocol.states import JobKind, JobState
 
 ACTIVE = (JobState.queued, JobState.leased)
+Facts = Row[*tuple[Any, ...]]  # what was read of a job and its surroundings, by the names of the columns
+PLANS = 64  # kept when they were parsed
 FETCHES = 100  # a client that says it fetched its slice more often is not believed: views add these bytes up
 
 
-@lru_cache(maxsize=64)
+@dataclass(frozen=True)
+class Holder:
+    """Who holds which job, at which epoch of its lease."""
+
+    client: str
+    job: str
+    epoch: int
+
+
+@lru_cache(maxsize=PLANS)
 def _parsed(text: str) -> Plan:
     return Plan.model_validate_json(text)
 
@@ -42,6 +51,35 @@ def _parsed(text: str) -> Plan:
 def plan_of(run: Run) -> Plan:
     """A run's plan; plans never change, so parsing one again is saved."""
     return _parsed(json.dumps(run.plan))
+
+
+def known_plan(session: Session, job: Facts) -> Plan:
+    """The plan of a row's run, by the digest that the row names; it is read only where nobody has asked for it lately."""
+    found = _plans.get(job.plan_digest)
+    if found is None:
+        found = Plan.model_validate(session.connection().execute(_PLAN, {"run": job.run_id}).scalar_one())
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        _plans[job.plan_digest] = found
+    return found
+
+
+_PLAN = select(Run.plan).where(Run.id == bindparam("run"))
+_plans: dict[str, Plan] = {}
+
+
+def refusal(job: Job | Facts | None, holder: Holder) -> errors.HLoRAError | None:
+    """Why this client does not hold that job at that epoch: NotFound, StaleLease, JobOver; none where it does."""
+    if job is None or job.client_id != holder.client:
+        return errors.NotFound(f"there is no job {holder.job} for this client")
+    if job.epoch != holder.epoch:
+        return errors.StaleLease(
+            f"the lease is at epoch {job.epoch}, yours was {holder.epoch}: the job was given out again", epoch=job.epoch, came=holder.epoch
+        )
+    if job.state != JobState.leased:
+        why = f": {job.reason}" if job.reason else ""
+        return errors.JobOver(f"the job is {job.state}{why}; nothing more counts for it: drop it and ask for the next one", state=job.state)
+    return None
 
 
 def _own(session: Session, client_id: str, job_id: str) -> Job:
@@ -60,13 +98,9 @@ def _mine(session: Session, client_id: str, job_id: str) -> Job:
 def _held(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
     """The job, if the client holds it at that epoch. Raises NotFound, StaleLease, JobOver."""
     job = _own(session, client_id, job_id)
-    if job.epoch != epoch:
-        raise errors.StaleLease(
-            f"the lease is at epoch {job.epoch}, yours was {epoch}: the job was given out again", epoch=job.epoch, came=epoch
-        )
-    if job.state != JobState.leased:
-        why = f": {job.reason}" if job.reason else ""
-        raise errors.JobOver(f"the job is {job.state}{why}; nothing more counts for it: drop it and ask for the next one", state=job.state)
+    refused = refusal(job, Holder(client_id, job_id, epoch))
+    if refused is not None:
+        raise refused
     return job
 
 
@@ -84,29 +118,6 @@ def _advance(session: Session, client_id: str, job_id: str, epoch: int, **values
         session.expire_all()
         _held(session, client_id, job_id, epoch)
         raise errors.StaleLease("the job changed hands at this moment")
-
-
-def renew(session: Session, client_id: str, job_id: str, progress: Progress, now: datetime) -> Renewal:
-    """Prolong the lease. The time without progress runs on while phase and step stay the same.
-
-    Raises NotFound, StaleLease, JobOver.
-    """
-    job = _held(session, client_id, job_id, progress.epoch)
-    _, run = _context(session, job)
-    plan = plan_of(run)
-    until = now + timedelta(seconds=plan.times.lease)
-    values: dict[str, object] = {"lease_until": until, "progress": progress.model_dump(mode="json")}
-    before = job.progress or {}
-    if (before.get("phase"), before.get("step")) != (progress.phase, progress.step):
-        values["progress_at"] = now
-    _advance(session, client_id, job_id, progress.epoch, **values)
-    clients.seen(session, client_id, now)
-    going = run.state in (RunState.running, RunState.paused)
-    return Renewal(
-        verdict=Verdict.proceed if going else Verdict.cancel,
-        lease_seconds=plan.times.lease,
-        remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
-    )
 
 
 def release(session: Session, client_id: str, job_id: str, given: messages.GiveBack, now: datetime) -> None:
@@ -131,42 +142,67 @@ class Upload:
     bound: float | None  # of the change's norm; beyond it the slice is rejected
 
 
-def training(session: Session, client_id: str, job_id: str, epoch: int) -> Job:
+_TRAINING = (
+    select(
+        *(Job.client_id, Job.kind, Job.state, Job.reason, Job.epoch, Job.rank, Job.base, Job.directions, Job.slice, Job.slice_bytes),
+        *(Round.number, Round.run_id, Run.plan_digest),
+    )
+    .join(Round, Job.round_id == Round.id)
+    .join(Run, Round.run_id == Run.id)
+    .where(Job.id == bindparam("job"))
+)
+
+
+def training(session: Session, holder: Holder) -> Facts:
     """The job, if the client holds it at that epoch and it takes a slice. Raises NotFound, StaleLease, JobOver, Conflict."""
-    job = _held(session, client_id, job_id, epoch)
+    job = session.connection().execute(_TRAINING, {"job": holder.job}).first()
+    refused = refusal(job, holder)
+    if refused is not None:
+        raise refused
+    assert job is not None, "where there is no job, that is the refusal"
     if job.kind != JobKind.train:
         raise errors.Conflict("an evaluation job takes no slice")
     return job
 
 
-def upload(session: Session, client_id: str, job_id: str, epoch: int) -> Upload:
+def upload(session: Session, holder: Holder) -> Upload:
     """What the job's slice must be, known before its first byte comes. Raises NotFound, StaleLease, JobOver, Conflict."""
-    job = training(session, client_id, job_id, epoch)
-    round, run = _context(session, job)
-    plan = plan_of(run)
+    job = training(session, holder)
+    plan = known_plan(session, job)
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
-    sides = aggregation.load(plan.strategy.name).sides
     expected = Expected(
         layout=plan.layout,
         rank=job.rank,
         scale=plan.adapter.scale(job.rank),
         dtype=plan.upload,
         base=job.base,
-        round=round.number,
+        round=job.number,
         directions=None if job.directions is None else tuple(job.directions),
-        sides=sides,
+        sides=aggregation.load(plan.strategy.name).sides,
         wire=plan.wire,
     )
     bound = plan.norm.bound if plan.norm is not None and plan.norm.action == "reject" else None
-    largest = largest_length(plan.layout, job.rank, plan.upload, sides)
-    largest_head = largest - body_length(plan.layout, job.rank, plan.upload, sides)
+    largest, largest_head = _lengths(_Kind(job.plan_digest, job.rank, plan))
     return Upload(expected=expected, largest=largest, largest_head=largest_head, bound=bound)
 
 
-def uploaded(session: Session, blobs: Blobs, client_id: str, job_id: str, epoch: int, blob: messages.BlobRef, norm: float) -> None:
-    """Note that the job's slice is stored and sound. Raises NotFound, StaleLease, JobOver; Unavailable, to put the blob again."""
-    sweeping.hold(session, blobs, blob.digest)
-    _advance(session, client_id, job_id, epoch, slice=blob.digest, slice_bytes=blob.bytes, change_norm=norm)
+@dataclass(frozen=True)
+class _Kind:
+    """The slices of one rank of one plan."""
+
+    digest: str  # of the plan
+    rank: int
+    plan: Plan = field(compare=False)
+
+
+@lru_cache(maxsize=256)
+def _lengths(kind: _Kind) -> tuple[int, int]:
+    """Bytes that such a slice may have, and those of them before the first number."""
+    plan = kind.plan
+    assert plan.layout is not None, "a plan without layout is refused when the run is made"
+    sides = aggregation.load(plan.strategy.name).sides
+    largest = largest_length(plan.layout, kind.rank, plan.upload, sides)
+    return largest, largest - body_length(plan.layout, kind.rank, plan.upload, sides)
 
 
 def reject(
@@ -187,39 +223,6 @@ def reject(
     quarantine.keep(session, job, error.slug(), reason, slice, now)
     events.record(session, now, "job-rejected", run=run.id, round=round.number, client=clients.get(session, client_id).name, reason=reason)
     clients.count_rejection(session, client_id, limit, reason, now)
-
-
-def answer(session: Session, client_id: str, job_id: str, result: Result, now: datetime) -> tuple[messages.ResultReceipt, bool]:
-    """Record a job's result; gives the receipt, and whether it is new.
-
-    Raises NotFound, StaleLease, JobOver, DifferentResult, InvalidResult.
-    """
-    job = _mine(session, client_id, job_id)
-    stored = result.model_dump(mode="json")
-    if job.result is not None and job.epoch == result.epoch:  # whatever became of it since: it was taken
-        if job.result != stored:
-            raise errors.DifferentResult("this job was answered already, with another result; the first one stands")
-        return messages.ResultReceipt(job=job.id, state=JobState(job.state)), False
-    job = _held(session, client_id, job_id, result.epoch)
-    _check_result(job, result)
-    round, run = _context(session, job)
-    state = JobState.submitted if job.kind == JobKind.train else JobState.accepted
-    ended: dict[str, object] = {"state": state, "reason": None, "ended_at": now, "lease_until": None}
-    fetched = min(result.usage.download_bytes, FETCHES * job.base_bytes)
-    _advance(session, client_id, job_id, result.epoch, **ended, result=stored, fetched_bytes=fetched)
-    clients.seen(session, client_id, now)
-    name = clients.get(session, client_id).name
-    events.record(session, now, f"job-{state}", run=run.id, round=round.number, client=name, work=job.kind, examples=result.examples)
-    return messages.ResultReceipt(job=job_id, state=state), True
-
-
-def _check_result(job: Job, result: Result) -> None:
-    if job.kind == JobKind.evaluate and result.slice is not None:
-        raise errors.InvalidResult("an evaluation's result names no slice")
-    if job.kind == JobKind.train and job.slice is None:
-        raise errors.InvalidResult("no slice was uploaded for this job; upload it, then send the result")
-    if job.kind == JobKind.train and result.slice != job.slice:
-        raise errors.InvalidResult(f"the result names slice {result.slice}; {job.slice} was uploaded", uploaded=job.slice)
 
 
 def _context(session: Session, job: Job) -> tuple[Round, Run]:

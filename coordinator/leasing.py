@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from coordinator import aggregation, events, histories, ranks
@@ -37,9 +37,12 @@ class Glance:
 
 def glance(session: Session, secret: str) -> Glance | None:
     """The client behind a credential and whether there may be a job for it, in one look that changes nothing; none for any other."""
-    job = select(Job.id).where(Job.client_id == Client.id, Job.state.in_(ACTIVE)).exists()
-    found = session.execute(select(Client.id, job).where(Client.digest == digest(secret), Client.state != ClientState.revoked)).first()
+    found = session.connection().execute(_GLANCE, {"digest": digest(secret)}).first()
     return None if found is None else Glance(*found)
+
+
+_WORK = select(Job.id).where(Job.client_id == Client.id, Job.state.in_(ACTIVE)).exists()
+_GLANCE = select(Client.id, _WORK).where(Client.digest == bindparam("digest"), Client.state != ClientState.revoked)
 
 
 def hand_out(session: Session, client_ids: Collection[str], now: datetime) -> dict[str, messages.Job]:

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from coordinator import jobs, sweeping
 from coordinator.blobs import Blobs
+from coordinator.jobs import Holder
 from coordinator.tables import Job, Part, Upload
 from protocol import errors
 from protocol.messages import BlobRef
@@ -26,15 +27,6 @@ from protocol.states import JobState
 LONGEST = 256 << 20  # bytes of one part
 MOST = 10_000  # parts of one upload
 IDLE = timedelta(days=1)  # an upload that nobody continued for so long is given up
-
-
-@dataclass(frozen=True)
-class Sender:
-    """Who sends the slice of which job, at which epoch of its lease."""
-
-    client: str
-    job: str
-    epoch: int
 
 
 @dataclass(frozen=True)
@@ -57,9 +49,9 @@ class Standing:
         return self.whole is not None and self.offset == self.whole.length
 
 
-def standing(session: Session, sender: Sender) -> Standing:
+def standing(session: Session, sender: Holder) -> Standing:
     """How far the slice of a held job is. Raises NotFound, StaleLease, JobOver; Conflict for a job that takes no slice."""
-    job = jobs.training(session, sender.client, sender.job, sender.epoch)
+    job = jobs.training(session, sender)
     upload = session.get(Upload, sender.job)
     if upload is not None:
         return Standing(upload.offset, Whole(upload.digest, upload.length))
@@ -68,7 +60,7 @@ def standing(session: Session, sender: Sender) -> Standing:
     return Standing(0, None)
 
 
-def expect(session: Session, sender: Sender, whole: Whole, offset: int) -> Standing:
+def expect(session: Session, sender: Holder, whole: Whole, offset: int) -> Standing:
     """How far that very slice is: complete, or as far as the sender says. Another slice than the one under way begins anew.
 
     Raises OffsetMismatch, NotFound, StaleLease, JobOver, Conflict.
@@ -86,7 +78,7 @@ def mismatch(offset: int, whole: Whole, detail: str) -> errors.OffsetMismatch:
     return errors.OffsetMismatch(detail, offset=offset, length=whole.length)
 
 
-def add(session: Session, blobs: Blobs, sender: Sender, whole: Whole, start: int, part: BlobRef, now: datetime) -> int:
+def add(session: Session, blobs: Blobs, sender: Holder, whole: Whole, start: int, part: BlobRef, now: datetime) -> int:
     """Note a part that is stored; gives the offset behind it, or 0 where there were too many: then the upload begins anew.
 
     Raises OffsetMismatch, NotFound, StaleLease, JobOver; Unavailable, to put the blob again.
@@ -109,7 +101,7 @@ def add(session: Session, blobs: Blobs, sender: Sender, whole: Whole, start: int
     return start + part.bytes
 
 
-def _begin(session: Session, sender: Sender, whole: Whole, now: datetime) -> None:
+def _begin(session: Session, sender: Holder, whole: Whole, now: datetime) -> None:
     other = or_(Upload.digest != whole.digest, Upload.length != whole.length)
     session.execute(delete(Upload).where(Upload.job_id == sender.job, other))
     if session.get(Upload, sender.job) is None:
@@ -117,7 +109,7 @@ def _begin(session: Session, sender: Sender, whole: Whole, now: datetime) -> Non
         session.flush()
 
 
-def stored(session: Session, sender: Sender, whole: Whole, offset: int) -> list[str] | None:
+def stored(session: Session, sender: Holder, whole: Whole, offset: int) -> list[str] | None:
     """The blobs that hold a slice up to the offset, in order; None where the whole is stored by now. Raises as `expect` does."""
     _alone(session, sender)  # between the two looks nobody else ends the upload
     if expect(session, sender, whole, offset).complete:
@@ -126,7 +118,7 @@ def stored(session: Session, sender: Sender, whole: Whole, offset: int) -> list[
     return list(session.scalars(query))
 
 
-def _alone(session: Session, sender: Sender) -> None:
+def _alone(session: Session, sender: Holder) -> None:
     """Until the transaction ends, nobody else changes the job or its upload."""
     session.get(Job, sender.job, with_for_update={"key_share": True})
 

@@ -30,7 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, Select, String, and_, any_, delete, func, literal, or_, select, union
+from sqlalchemy import CursorResult, Select, String, and_, any_, bindparam, delete, func, literal, or_, select, union
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -51,14 +51,28 @@ def hold(session: Session, blobs: Blobs, *digests: str) -> None:
 
     Raises Unavailable where one is being swept, or was swept since it was put; whoever has the bytes puts them again.
     """
+    doomed = condemned(session, digests)
+    for digest in digests:
+        if digest in doomed or not blobs.exists(digest):
+            raise lost(digest)
+
+
+def condemned(session: Session, digests: Collection[str]) -> set[str]:
+    """Which of these blobs are being swept; until this write transaction ends, no other one will be."""
     # SQLite's writers exclude each other anyway. On PostgreSQL two transactions would not see each other's new rows.
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock_shared(NAMING)))
+        session.connection().execute(_NAMING)
     # A statement of its own, after the lock: it sees what was committed while the lock was waited for.
-    condemned = session.scalar(select(Condemned.digest).where(Condemned.digest.in_(digests)).limit(1))
-    lost = condemned or next((digest for digest in digests if not blobs.exists(digest)), None)
-    if lost is not None:
-        raise errors.Unavailable(f"the blob {lost} is being swept or was swept away; put it again", digest=lost)
+    return set(session.connection().execute(_CONDEMNED, {"digests": list(digests)}).scalars())
+
+
+def lost(digest: str) -> errors.Unavailable:
+    """The refusal to name a blob that is, or may be, gone."""
+    return errors.Unavailable(f"the blob {digest} is being swept or was swept away; put it again", digest=digest)
+
+
+_NAMING = select(func.pg_advisory_xact_lock_shared(NAMING))
+_CONDEMNED = select(Condemned.digest).where(Condemned.digest.in_(bindparam("digests", expanding=True)))
 
 
 def named(session: Session, digests: Collection[str]) -> set[str]:

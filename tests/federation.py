@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 from coordinator import access, problems
 from coordinator.app import build, create_app
 from coordinator.context import Context
+from coordinator.jobs import Holder
 from coordinator.settings import Settings
 from protocol import errors, slices
 from protocol.compact import trained_parts
@@ -151,6 +152,9 @@ class Device(Caller):
 
     id: str = ""
     name: str = ""
+
+    def holds(self, job: Job) -> Holder:
+        return Holder(self.id, job.id, job.lease.epoch)
 
     async def whoami(self) -> httpx.Response:
         return await self.call("GET", "/v1/clients/me")

@@ -9,9 +9,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 from fastapi.concurrency import run_in_threadpool
 
-from coordinator import access, clients, jobs, leasing
+from coordinator import access, clients, errands, jobs, leasing
 from coordinator.access import Kind
 from coordinator.context import Context
+from coordinator.errands import Answering, Renewing
+from coordinator.jobs import Holder
 from coordinator.problems import documented
 from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts, Secret
 from protocol import VERSION, errors
@@ -104,11 +106,10 @@ def _check_version(version: str | None) -> None:
 
 
 @router.post("/jobs/{job}/lease", responses=documented(*COMMON, *HELD))
-def renew(job: Id, body: Progress, caller: Device, parts: Parts) -> Renewal:
+async def renew(job: Id, body: Progress, caller: Device, parts: Parts) -> Renewal:
     """Prolong the lease and say how far the work is; the answer says whether to go on."""
-    return parts.database.together(
-        lambda session: jobs.renew(session, caller.id, job, body, parts.database.clock(session)), Point.lease_renewed
-    )
+    renewing = Renewing(Holder(caller.id, job, body.epoch), body)
+    return await parts.desk.bring(errands.renew, caller.id, renewing, Point.lease_renewed)
 
 
 @router.delete("/jobs/{job}/lease", status_code=204, responses=documented(*COMMON, *HELD))
@@ -127,9 +128,9 @@ def give_back(job: Id, body: GiveBack, caller: Device, parts: Parts) -> None:
         **documented(*COMMON, *HELD, errors.DifferentResult, errors.InvalidResult),
     },
 )
-def put_result(job: Id, body: Result, caller: Device, parts: Parts, response: Response) -> ResultReceipt:
+async def put_result(job: Id, body: Result, caller: Device, parts: Parts, response: Response) -> ResultReceipt:
     """Say how the job ended. Repeating the same result is answered like the first time."""
-    receipt, new = parts.database.together(lambda session: jobs.answer(session, caller.id, job, body, parts.database.clock(session)))
+    answered = await parts.desk.bring(errands.answer, caller.id, Answering(Holder(caller.id, job, body.epoch), body))
     parts.bell.ring_conductor()
-    response.status_code = 201 if new else 200
-    return receipt
+    response.status_code = 201 if answered.new else 200
+    return answered.receipt

@@ -9,11 +9,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from sqlalchemy.orm import Session
 
-from coordinator import jobs, parts, uploads
+from coordinator import errands, jobs, parts, uploads
 from coordinator.context import Context
-from coordinator.parts import Sender, Standing, Whole
+from coordinator.errands import Stored
+from coordinator.jobs import Holder
+from coordinator.parts import Standing, Whole
 from coordinator.problems import binary, documented
 from coordinator.routes.requests import COMMON, Device, Id, Parts
 from coordinator.uploads import Spooled
@@ -43,12 +44,12 @@ PROGRESS = {"Upload-Offset": {"description": "bytes that are here for good", "sc
 ContentLength = Annotated[int | None, Header(ge=0, le=2**53)]
 
 
-async def sender(job: Id, caller: Device, lease_epoch: Annotated[int, Header(ge=1, le=2**53, description="epoch of the lease")]) -> Sender:
+async def sender(job: Id, caller: Device, lease_epoch: Annotated[int, Header(ge=1, le=2**53, description="epoch of the lease")]) -> Holder:
     """Who sends the slice of the job that the path names."""
-    return Sender(caller.id, job, lease_epoch)
+    return Holder(caller.id, job, lease_epoch)
 
 
-From = Annotated[Sender, Depends(sender)]
+From = Annotated[Holder, Depends(sender)]
 
 
 @router.put("/jobs/{job}/slice", responses=documented(*SENT), openapi_extra=BODY)
@@ -66,7 +67,7 @@ async def put_slice(
         if spooled.fault is not None:
             raise spooled.fault
         uploads.check_digest(spooled, announced)
-        return await run_in_threadpool(_store, context, sender, wanted, spooled)
+        return await _name(context, await run_in_threadpool(_store, context, sender, wanted, spooled))
 
 
 @router.head(
@@ -115,7 +116,8 @@ async def patch_slice(
     largest = min(parts.LONGEST, whole.length - upload_offset)
     async with _receive(request, context, largest, content_length) as spooled:
         if upload_offset + spooled.length == whole.length:
-            return await run_in_threadpool(_finish, context, sender, wanted, whole, spooled)
+            stored = await run_in_threadpool(_finish, context, sender, wanted, whole, spooled)
+            return SliceReceipt(digest=whole.digest, bytes=whole.length) if stored is None else await _name(context, stored)
         offset = await run_in_threadpool(_keep, context, sender, whole, upload_offset, spooled)
         if spooled.fault is not None:
             raise type(spooled.fault)(spooled.fault.detail, offset=offset, length=whole.length)
@@ -134,14 +136,14 @@ def _receive(request: Request, context: Context, largest: int, announced: int | 
     return uploads.receive(request.stream(), settings.spool_folder, largest=largest, announced=announced, stall=settings.stall_seconds)
 
 
-def _wanted(context: Context, sender: Sender) -> jobs.Upload:
+def _wanted(context: Context, sender: Holder) -> jobs.Upload:
     with context.database.read() as session:
-        return jobs.upload(session, sender.client, sender.job, sender.epoch)
+        return jobs.upload(session, sender)
 
 
-def _expected(context: Context, sender: Sender, whole: Whole, offset: int) -> tuple[jobs.Upload, Standing]:
+def _expected(context: Context, sender: Holder, whole: Whole, offset: int) -> tuple[jobs.Upload, Standing]:
     with context.database.read() as session:
-        wanted = jobs.upload(session, sender.client, sender.job, sender.epoch)
+        wanted = jobs.upload(session, sender)
         if whole.length > wanted.largest:
             raise errors.TooLarge(
                 f"the slice is announced with {whole.length} bytes; this job's has at most {wanted.largest}", largest=wanted.largest
@@ -149,7 +151,7 @@ def _expected(context: Context, sender: Sender, whole: Whole, offset: int) -> tu
         return wanted, parts.expect(session, sender, whole, offset)
 
 
-def _keep(context: Context, sender: Sender, whole: Whole, start: int, spooled: Spooled) -> int:
+def _keep(context: Context, sender: Holder, whole: Whole, start: int, spooled: Spooled) -> int:
     """Store a part and note it; gives the offset behind it."""
     if not spooled.length:
         return start
@@ -162,12 +164,12 @@ def _keep(context: Context, sender: Sender, whole: Whole, start: int, spooled: S
     return offset
 
 
-def _finish(context: Context, sender: Sender, wanted: jobs.Upload, whole: Whole, last: Spooled) -> SliceReceipt:
-    """Join the parts that are here to the last one, and store the slice."""
+def _finish(context: Context, sender: Holder, wanted: jobs.Upload, whole: Whole, last: Spooled) -> Stored | None:
+    """Join the parts that are here to the last one, and store the slice; nothing where it is stored already."""
     with context.database.read() as session:
         before = parts.stored(session, sender, whole, whole.length - last.length)
     if before is None:  # the same part came twice at once, and the other was quicker
-        return SliceReceipt(digest=whole.digest, bytes=whole.length)
+        return None
     try:
         with uploads.joined(context.blobs, before, last, context.settings.spool_folder) as spooled:
             uploads.check_digest(spooled, whole.digest)
@@ -178,8 +180,8 @@ def _finish(context: Context, sender: Sender, wanted: jobs.Upload, whole: Whole,
         raise
 
 
-def _store(context: Context, sender: Sender, wanted: jobs.Upload, spooled: Spooled) -> SliceReceipt:
-    """Check a slice that came whole, keep it and name it in its job; one that cannot count ends the job."""
+def _store(context: Context, sender: Holder, wanted: jobs.Upload, spooled: Spooled) -> Stored:
+    """Check a slice that came whole, and keep it; one that cannot count ends the job."""
     try:
         norm = uploads.check(spooled, wanted, context.blobs)
     except errors.InvalidSlice as error:
@@ -191,15 +193,14 @@ def _store(context: Context, sender: Sender, wanted: jobs.Upload, spooled: Spool
             parts.drop(session, sender.job)
         context.bell.ring_conductor()
         raise
-    # Blob before row: a crash between them leaves an orphan, never a row without bytes.
     blob = context.blobs.put_file(spooled.path, spooled.digest)
     crash.reached(Point.slice_blob_kept)
+    return Stored(sender, blob, norm, context.blobs)
 
-    def name(session: Session) -> None:
-        jobs.uploaded(session, context.blobs, sender.client, sender.job, sender.epoch, blob, norm)
-        parts.drop(session, sender.job)
 
-    context.database.together(name, Point.slice_committed)
+async def _name(context: Context, stored: Stored) -> SliceReceipt:
+    """Let the job name its slice. Blob before row: a crash between them leaves an orphan, never a row without bytes."""
+    blob = await context.desk.bring(errands.keep, stored.holder.client, stored, Point.slice_committed)
     return SliceReceipt(digest=blob.digest, bytes=blob.bytes)
 
 

@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from coordinator import clients, jobs, outage, publishing, rounds, runs, tables
+from coordinator import clients, errands, outage, publishing, rounds, runs, tables
+from coordinator.errands import Answering, Renewing
 from coordinator.merge import RoundTask, merge_round
 from protocol import errors
 from protocol.messages import Job, Progress
@@ -92,7 +93,7 @@ async def test_a_result_that_arrives_while_the_round_closes_counts_whole_or_is_o
     result = late.result(job, (await late.put_slice(job, await late.trained(job))).digest)
 
     def answer(session: Session) -> None:
-        jobs.answer(session, late.id, job.id, result, federation.clock.now)
+        errands.answer(session, [Answering(late.holds(job), result)], federation.clock.now)
 
     await second(federation, answer, asyncio.to_thread(federation.tick))
 
@@ -108,7 +109,9 @@ async def test_the_same_result_twice_at_once_is_one_result(federation: Federatio
     result = device.result(job, (await device.put_slice(job, await device.trained(job))).digest)
 
     receipt = await second(
-        federation, lambda session: jobs.answer(session, device.id, job.id, result, federation.clock.now), device.put_result(job, result)
+        federation,
+        lambda session: errands.answer(session, [Answering(device.holds(job), result)], federation.clock.now),
+        device.put_result(job, result),
     )
 
     assert (receipt.job, receipt.state) == (job.id, JobState.submitted)
@@ -143,7 +146,7 @@ async def test_a_poll_during_ones_own_result_takes_nothing_back(federation: Fede
     result = device.result(job, (await device.put_slice(job, await device.trained(job))).digest)
 
     again = await second(
-        federation, lambda session: jobs.answer(session, device.id, job.id, result, federation.clock.now), device.next_job()
+        federation, lambda session: errands.answer(session, [Answering(device.holds(job), result)], federation.clock.now), device.next_job()
     )
 
     assert again is None
@@ -189,7 +192,7 @@ async def test_a_lease_that_is_renewed_at_this_moment_has_not_ended(federation: 
 
     await second(
         federation,
-        lambda session: jobs.renew(session, device.id, job.id, progress, federation.clock.now),
+        lambda session: errands.renew(session, [Renewing(device.holds(job), progress)], federation.clock.now),
         asyncio.to_thread(federation.tick),
     )
 

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import combinations, islice
 from pathlib import Path
@@ -21,9 +20,10 @@ import pytest
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
-from coordinator import jobs, sweeping, tables
+from coordinator import errands, sweeping, tables
 from coordinator.__main__ import app
 from coordinator.blobs import GROWING
+from coordinator.errands import Stored
 from coordinator.initial import first_adapter
 from protocol import errors
 from protocol.messages import BlobRef, Job
@@ -143,7 +143,7 @@ class Naming:
     """Somebody who has bytes and wants a job to name them."""
 
     def __init__(self, federation: Federation, device: Device, job: Job, data: bytes) -> None:
-        self._parts, self._held, self._data = federation.parts, (device.id, job.id, job.lease.epoch), data
+        self._parts, self._held, self._data = federation.parts, device.holds(job), data
         self.named = False
 
     def put(self) -> None:
@@ -151,10 +151,10 @@ class Naming:
 
     def name(self) -> None:
         blob = BlobRef(digest=digest_of(self._data), bytes=len(self._data))
-        with suppress(errors.Unavailable):
-            with self._parts.database.write() as session:
-                jobs.uploaded(session, self._parts.blobs, *self._held, blob, 0.1)
-            self.named = True
+        with self._parts.database.write() as session:
+            (told,) = errands.keep(session, [Stored(self._held, blob, 0.1, self._parts.blobs)], self._parts.database.clock(session))
+        assert told == blob or isinstance(told, errors.Unavailable)
+        self.named = told == blob
 
 
 class Sweep:
@@ -249,7 +249,8 @@ async def test_of_naming_and_condemning_at_once_one_waits_for_the_other(federati
     digest = federation.parts.blobs.put(data).digest
 
     def name(session: Session) -> None:
-        jobs.uploaded(session, federation.parts.blobs, device.id, job.id, job.lease.epoch, BlobRef(digest=digest, bytes=len(data)), 0.1)
+        blob = BlobRef(digest=digest, bytes=len(data))
+        assert errands.keep(session, [Stored(device.holds(job), blob, 0.1, federation.parts.blobs)], federation.clock.now) == [blob]
 
     assert await second(federation, name, asyncio.to_thread(condemn, federation, digest)) == []
 

@@ -1,0 +1,125 @@
+"""What is brought to the desk shares a transaction, and each is as if it were alone: done or refused, told after the commit."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+import pytest
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from coordinator.database import Database
+from coordinator.desk import LARGEST, Desk
+from coordinator.tables import Event
+from protocol import errors
+from protocol.errors import HLoRAError
+
+SOON = 30  # seconds
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    found = Database(database_url)
+    yield found
+    found.close()
+
+
+def write(session: Session, kinds: Sequence[str], now: datetime) -> list[str | HLoRAError]:
+    """Work that leaves a row for each, and gives its name; of what is called so it is refused, or breaks."""
+    if "broken" in kinds:
+        session.add(Event(at=now, kind="broken", facts={}))
+        session.execute(text("select nothing from nowhere"))
+    refused = {kind: errors.Conflict("not now") for kind in kinds if kind == "refused"}
+    session.add_all(Event(at=now, kind=kind, facts={"together": len(kinds)}) for kind in kinds if kind not in refused)
+    return [refused.get(kind, kind) for kind in kinds]
+
+
+def count(session: Session, kinds: Sequence[str], _: datetime) -> list[int]:
+    """Other work: how many rows there are, those of the same transaction among them."""
+    session.flush()
+    return [session.scalar(select(func.count()).select_from(Event)) or 0] * len(kinds)
+
+
+def rows(database: Database) -> dict[str, int]:
+    """The rows that are there, each with how many were written together with it."""
+    with database.read() as session:
+        return {event.kind: event.facts["together"] for event in session.scalars(select(Event))}
+
+
+async def all_at_once(database: Database, kinds: Sequence[str]) -> list[object]:
+    """What comes of them, each from a client of that name; the first is under way when the others come."""
+    desk = Desk(database)
+    return list(await asyncio.wait_for(asyncio.gather(*(desk.bring(write, kind, kind) for kind in kinds), return_exceptions=True), SOON))
+
+
+async def test_a_write_is_committed_when_it_is_told(database: Database) -> None:
+    assert await Desk(database).bring(write, "client", "alone") == "alone"
+    assert rows(database) == {"alone": 1}
+
+
+async def test_many_writes_at_once_are_all_done_and_each_hears_of_its_own(database: Database) -> None:
+    names = [f"number {number}" for number in range(LARGEST + 70)]
+    assert await all_at_once(database, names) == names
+    assert sorted(rows(database)) == sorted(names)
+    assert sorted(set(rows(database).values())) == [70, LARGEST]
+
+
+async def test_two_things_of_one_client_are_done_one_after_the_other(database: Database) -> None:
+    desk = Desk(database)
+    assert await asyncio.gather(*(desk.bring(write, "client", f"number {number}") for number in range(3))) == [
+        "number 0",
+        "number 1",
+        "number 2",
+    ]
+    assert list(rows(database).values()) == [1, 1, 1]
+
+
+async def test_different_kinds_of_work_share_a_transaction(database: Database) -> None:
+    desk = Desk(database)
+    written, seen = await asyncio.gather(desk.bring(write, "a", "row"), desk.bring(count, "b", "rows"))
+    assert (written, seen) == ("row", 1)
+
+
+async def test_a_refusal_is_told_to_the_one_whose_it_is(database: Database) -> None:
+    first, refused, last = await all_at_once(database, ["first", "refused", "last"])
+    assert (first, last) == ("first", "last")
+    assert isinstance(refused, errors.Conflict)
+    assert rows(database) == {"first": 3, "last": 3}
+
+
+async def test_a_defect_is_told_to_the_one_whose_it_is_and_the_others_are_done_once(database: Database) -> None:
+    first, broken, last = await all_at_once(database, ["first", "broken", "last"])
+    assert (first, last) == ("first", "last")
+    assert "nowhere" in str(broken)
+    assert rows(database) == {"first": 1, "last": 1}
+
+
+async def test_who_stops_waiting_leaves_the_others_unharmed(database: Database) -> None:
+    desk = Desk(database)
+    gone, stays = (asyncio.ensure_future(desk.bring(write, kind, kind)) for kind in ("gone", "stays"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    assert await asyncio.wait_for(stays, SOON) == "stays"
+    assert await desk.bring(write, "next", "next") == "next"
+
+
+async def test_nobody_is_told_of_a_write_that_could_not_be_committed(sqlite_url: str) -> None:
+    """Somebody else holds the file for longer than anybody waits."""
+    database = Database(sqlite_url)
+    other = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None)
+    try:
+        with database.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout=100")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OperationalError, match="locked"):
+            await Desk(database).bring(write, "client", "lost")
+        other.execute("ROLLBACK")
+        assert rows(database) == {}
+        assert await Desk(database).bring(write, "client", "kept") == "kept"
+    finally:
+        other.close()
+        database.close()
