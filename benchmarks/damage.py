@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Self
 
 import torch
 
 from protocol.checks import Expected
+from protocol.compact import trained_parts
 from protocol.plan import BaseFacts, Dtype, Layout
-from protocol.slices import LABEL_KEY, Factors, Label, Slice, largest_length, pack
+from protocol.slices import LABEL_KEY, Factors, Label, Slice, largest_length
 
 LAYOUT = Layout(
     modules={"attention.key": (3, 5), "attention.query": (4, 2)},
@@ -26,13 +27,15 @@ LAYOUT = Layout(
 )
 BASE = f"sha256:{0:064}"
 EXPECTED = Expected(layout=LAYOUT, rank=2, scale=2.0, dtype=Dtype.float32, base=BASE, round=1)
-LARGEST = largest_length(LAYOUT, EXPECTED.rank, EXPECTED.dtype)
+COMPACT = replace(EXPECTED, dtype=Dtype.int8)  # the same of a plan whose uploads are int8
+LARGEST = max(largest_length(LAYOUT, EXPECTED.rank, job.dtype) for job in (EXPECTED, COMPACT))
 
 
 def seeds() -> list[bytes]:
-    """Real slices: the one that the job asked for first, then others that are sound but not it."""
+    """Real slices: those that the jobs asked for first, then others that are sound but not them."""
     return [
         _real(EXPECTED.rank, Dtype.float32, base=BASE),
+        _real(EXPECTED.rank, Dtype.int8, base=BASE),
         _real(EXPECTED.rank, Dtype.bfloat16, base=BASE),
         _real(EXPECTED.rank, Dtype.float16),
         _real(1, Dtype.float32, base=BASE),
@@ -48,17 +51,42 @@ def _real(rank: int, dtype: Dtype, base: str | None = None) -> bytes:
     }
     full = {name: torch.randn(shape, generator=generator) for name, shape in LAYOUT.full.items()}
     label = Label(rank=rank, scale=EXPECTED.scale, round=EXPECTED.round, base=base, examples=5)
-    return pack(Slice(label, factors, full), LAYOUT, dtype)
+    return b"".join(trained_parts(Slice(label, factors, full), _start(rank), LAYOUT, dtype))
+
+
+def _start(rank: int) -> Slice:
+    """What the real slices began with: zeros."""
+    factors = {m: Factors(b=torch.zeros(n_out, rank), a=torch.zeros(rank, n_in)) for m, (n_out, n_in) in LAYOUT.modules.items()}
+    full = {name: torch.zeros(shape) for name, shape in LAYOUT.full.items()}
+    return Slice(Label(rank=rank, scale=EXPECTED.scale, round=EXPECTED.round - 1), factors, full)
+
+
+def given(module: str) -> Factors:
+    """One module of what the slices that count began with."""
+    return _start(EXPECTED.rank).factors[module]
 
 
 # --- what is changed ---------------------------------------------------------------------------------------------------
 
-SIZES = {"F32": 4, "BF16": 2, "F16": 2}
-DTYPES: tuple[Any, ...] = (*SIZES, "F64", "I8", "BOOL", "", "f32", 4, None)
+SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+DTYPES: tuple[Any, ...] = (*SIZES, "F64", "U8", "BOOL", "", "f32", 4, None)
 WHOLES: tuple[Any, ...] = (0, 1, 2, 3, -1, 2**31, 2**39, 2**40, 2**63, 2**64, 10**400, True, 1.0, 1e300, None, "2", [])
-NAMES = ("", "/", "full/", "full/x", "factors/x/a", "factors/attention.key/c", "__metadata__", "\0", "\ud800", "\u202e", "é" * 300)
+NAMES = (
+    "",
+    "/",
+    "full/",
+    "full/x",
+    "factors/x/a",
+    "factors/attention.key/c",
+    "factors/attention.key/a/scales",
+    "__metadata__",
+    "\0",
+    "\ud800",
+    "\u202e",
+    "é" * 300,
+)
 LABELS: tuple[Any, ...] = (0, -1, 1, 2, 3, 1.5, 1e300, float("nan"), float("inf"), None, "", BASE, "sha256:", [], {}, True, 2**70, "\0")
-FLOATS = (float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, 0.0)
+FLOATS = (float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, -1e-3, 0.0)
 TEXTS = (b"[" * 2000, b"NaN", b"\xff", b"\\ud800", b"\\u0000", b'"a":1,', b"9" * 5000, b"{}", b" " * 64, b"\xef\xbb\xbf", b"1e999")
 
 
@@ -205,8 +233,9 @@ def _relabel(parts: Parts, chance: Random) -> None:
 def _renumber(parts: Parts, chance: Random) -> None:
     """One number that is odd, or that was one."""
     if len(parts.numbers) >= 4:
-        at = 4 * chance.randrange(len(parts.numbers) // 4)
-        parts.numbers[at : at + 4] = chance.choice((struct.pack("<f", chance.choice(FLOATS)), chance.randbytes(4)))
+        at = chance.choice((4, 2, 1)) * chance.randrange(len(parts.numbers) // 4)
+        new = chance.choice((struct.pack("<f", chance.choice(FLOATS)), chance.randbytes(4), b"\x80"))  # −128 of int8
+        parts.numbers[at : at + len(new)] = new
 
 
 CHANGES: tuple[Callable[[Parts, Random], None], ...] = (

@@ -10,7 +10,7 @@ from random import Random
 
 import atheris
 
-with atheris.instrument_imports(include=["protocol.slices", "protocol.checks", "coordinator.reading"]):
+with atheris.instrument_imports(include=["protocol.slices", "protocol.compact", "protocol.checks", "coordinator.reading"]):
     from benchmarks.damage import mutate
     from benchmarks.scrutiny import examine
 
