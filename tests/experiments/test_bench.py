@@ -1,0 +1,231 @@
+"""Whole experiments on a tiny model: through the command, cut and gone on with, with every kind of contestant and trouble."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from experiments.__main__ import app
+from experiments.bench import Bench
+from experiments.experiment import FOLDER, Experiment, read, some
+from experiments.material import Places
+from experiments.records import Finished, Results, RoundRecord
+from experiments.report import opened
+from experiments.tables import tables
+from experiments.timing import timed
+from protocol import errors
+from tests.tiny import tiny_decoder, tiny_encoder
+
+SILENT = Console(quiet=True)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """Two tiny models, and sentences with labels from two sources."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny_encoder(folder / "models" / "encoder")
+    tiny_decoder(folder / "models" / "decoder")
+    for source, words in {"animals": ("cow", "hen", "owl"), "tools": ("saw", "axe", "awl")}.items():
+        for part, count in {"train": 40, "held-out": 12}.items():
+            rows = [{"text": f"the {words[n % 3]} is no {words[n // 3 % 3]}", "label": "odd" if n % 2 else "even"} for n in range(count)]
+            (folder / f"{source}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Places(folder / "models", folder)
+
+
+def experiment(**changes: Any) -> Experiment:
+    """Six clients of two classes, two rounds, two contestants, two seeds."""
+    told = {
+        "name": "tiny",
+        "question": "Does it work?",
+        "model": "encoder",
+        "task": {"kind": "sequence-classification", "labels": ["even", "odd"], "max_length": 16},
+        "sources": [{"name": name, "train": f"{name}-train.jsonl", "held_out": f"{name}-held-out.jsonl"} for name in ("animals", "tools")],
+        "partition": {"kind": "dirichlet", "over": "source", "clients": 6, "rows": 8},
+        "classes": [{"name": "weak", "parts": 2, "rank": 1}, {"name": "strong", "parts": 1, "rank": 4}],
+        "plan": {
+            "rounds": 2,
+            "adapter": {"modules": ["query", "value"]},
+            "training": {"learning_rate": 0.01, "batch_size": 4, "precision": "float32"},
+            "cohort": {"target": 3, "quorum": 3},
+        },
+        "seeds": 2,
+        "reference": "rank 1 for all",
+        "targets": ["rank 1 for all"],
+        "contestants": [
+            {"name": "rank 1 for all", "rank": 1, "plan": {"strategy": {"name": "fedavg"}}},
+            {"name": "delta", "plan": {"strategy": {"name": "delta"}, "training": {"learning_rate": 0.02}}},
+        ],
+    }
+    return Experiment.model_validate(told | changes)
+
+
+def carry_out(given: Experiment, places: Places, folder: Path, *names: str, seeds: int = 1) -> list[Finished]:
+    """The runs of these contestants, all if none is named."""
+    assert Bench(given, places, Results(folder), SILENT).run(some(given, names), range(seeds))
+    return Results(folder).all()
+
+
+def comparable(rounds: list[RoundRecord]) -> list[dict[str, object]]:
+    """What does not depend on how quick the machine was."""
+    return [round.model_dump(exclude={"seconds"}) for round in rounds]
+
+
+def test_runs_that_ended_are_kept_and_one_that_was_cut_is_made_again_the_same(places: Places, tmp_path: Path) -> None:
+    given = experiment()
+    before = carry_out(given, places, tmp_path)
+    first, second = (Results(tmp_path).file(run.header.contestant, 0) for run in before)
+    untouched = first.stat().st_mtime_ns
+    second.rename(second.with_suffix(".part"))  # as a run leaves it that was cut while it was written
+
+    after = carry_out(given, places, tmp_path)
+
+    assert first.stat().st_mtime_ns == untouched
+    assert [run.header for run in after] == [run.header for run in before]
+    assert [comparable(list(run.rounds)) for run in after] == [comparable(list(run.rounds)) for run in before]
+
+
+def test_contestants_of_a_seed_share_rows_and_draws_and_another_seed_has_others(places: Places, tmp_path: Path) -> None:
+    runs = {(run.header.contestant, run.header.seed): run for run in carry_out(experiment(), places, tmp_path, seeds=2)}
+    equal, mixed, other = runs["rank 1 for all", 0], runs["delta", 0], runs["delta", 1]
+    assert equal.header.mixes == mixed.header.mixes != other.header.mixes
+    assert equal.rounds[0].measures[1] == mixed.rounds[0].measures[1]  # untrained
+    assert [round.contributions for round in mixed.rounds] == [0, 3, 3]
+    assert set(mixed.rounds[-1].measures) == {1, 4}
+    assert sum(round.bytes_up for round in mixed.rounds) > sum(round.bytes_up for round in equal.rounds)
+    partition = [json.loads(line) for line in (tmp_path / "partitions" / "0.jsonl").read_text().splitlines()]
+    assert [sum(share["rows"].values()) for share in partition] == [8] * 6
+    assert sorted(share["kind"] for share in partition) == ["strong"] * 2 + ["weak"] * 4
+
+
+def test_the_bounds_are_one_client_with_all_rows_and_clients_that_never_meet(places: Places, tmp_path: Path) -> None:
+    bounds = [
+        {"name": "all in one", "kind": "centralised", "rank": 4},
+        {"name": "each alone", "kind": "local", "clients": 3},
+        {"name": "rank 1 for all", "rank": 1},
+    ]
+    given = experiment(contestants=bounds)
+    found = {run.header.contestant: run for run in carry_out(given, places, tmp_path, "all in one", "each alone")}
+    alone, one = found["each alone"], found["all in one"]
+    assert [round.contributions for round in one.rounds] == [0, 1, 1]
+    assert [round.contributions for round in alone.rounds] == [0, 3, 3]
+    assert all(round.measures[4]["all"]["loss"] > 0 for run in (alone, one) for round in run.rounds)
+
+
+def test_a_language_model_is_measured_by_source_and_their_mean_counts(places: Places, tmp_path: Path) -> None:
+    given = experiment(model="decoder", task={"kind": "causal-lm", "max_length": 24})
+    given = given.model_copy(update={"plan": {**given.plan, "adapter": {"modules": "all-linear"}}})
+    (run,) = carry_out(given, places, tmp_path, "delta")
+    last = run.rounds[-1].measures[4]
+    assert last["all"]["loss"] == pytest.approx((last["animals"]["loss"] + last["tools"]["loss"]) / 2, rel=1e-5)
+    assert last["all"]["loss"] < run.rounds[0].measures[4]["all"]["loss"]
+
+
+def test_clients_that_go_away_are_replaced_and_slow_ones_do_fewer_steps(places: Places, tmp_path: Path) -> None:
+    calm = carry_out(experiment(), places, tmp_path / "calm", "delta")
+    stormy = experiment(
+        disturbances={"dropout": 0.4, "slowness": 1.0}, classes=[{"name": "slow", "parts": 1, "rank": 4, "training_flops": 1e5}]
+    )
+    rough = carry_out(stormy, places, tmp_path / "rough", "delta")
+    assert sum(round.lost for round in calm[0].rounds) == 0
+    assert sum(round.lost for round in rough[0].rounds) > 0
+    assert [round.contributions for round in rough[0].rounds] == [0, 3, 3]
+    again = carry_out(stormy, places, tmp_path / "again", "delta")
+    assert comparable(list(again[0].rounds)) == comparable(list(rough[0].rounds))
+
+
+def test_results_of_other_settings_are_not_mixed_with_these(places: Places, tmp_path: Path) -> None:
+    carry_out(experiment(), places, tmp_path, "delta")
+    changed = experiment(disturbances={"dropout": 0.1})
+    with pytest.raises(errors.Conflict, match="other settings"):
+        carry_out(changed, places, tmp_path, "delta")
+    carry_out(experiment(question="Another?", seeds=1), places, tmp_path, "delta")  # changes no number
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_runs(places: Places, tmp_path: Path) -> None:
+    wrong = {"name": "wrong", "plan": {"strategy": {"name": "nonsense"}}}
+    given = experiment(contestants=[*experiment().contestants, wrong])
+    with pytest.raises(errors.InvalidPlan, match="wrong: there is no strategy 'nonsense'"):
+        carry_out(given, places, tmp_path)
+    assert Results(tmp_path).all() == []
+    with pytest.raises(errors.InvalidRequest, match="there is no contestant 'nobody'"):
+        some(given, ["nobody"])
+
+
+def test_a_budget_ends_the_work_before_it_is_exceeded_and_the_rest_is_done_later(places: Places, tmp_path: Path) -> None:
+    given = experiment(budget_minutes=1e-6)
+    told = Console(record=True, file=io.StringIO())
+    assert not Bench(given, places, Results(tmp_path), told).run(given.contestants, range(1))
+    assert len(Results(tmp_path).all()) == 1
+    assert "goes on from here" in told.export_text()
+
+
+def test_whatever_is_missing_is_named(places: Places, tmp_path: Path) -> None:
+    with pytest.raises(errors.DataRefusal, match="--data"):
+        carry_out(experiment(), Places(places.models, tmp_path), tmp_path)
+    source = experiment().sources[0].model_copy(update={"texts": ["nothing"]})
+    with pytest.raises(errors.DataRefusal, match="has no column 'nothing'"):
+        carry_out(experiment(sources=[source]), places, tmp_path)
+    file = tmp_path / "experiment.toml"
+    file.write_text("name = 1\n")
+    with pytest.raises(errors.InvalidRequest, match=r"experiment\.toml: name"):
+        read(file)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the experiment that anybody can run, made by the command."""
+    out = tmp_path_factory.mktemp("quick")
+    subprocess.run([sys.executable, "-m", "experiments", "run", FOLDER / "quick.toml", "--out", out, "--seeds", "1"], check=True, cwd=ROOT)
+    return out
+
+
+def test_the_command_leaves_results_tables_and_pictures(quick: Path) -> None:
+    given, runs = opened(quick)
+    assert [run.header.contestant for run in runs] == ["delta", "rank 2 for all"]
+    assert [table.columns[0] for table in tables(given, runs)] == ["contestant"] * 5
+    assert (quick / "report.md").read_text().startswith("# quick\n")
+    assert (quick / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (quick / "curves.svg").read_text().startswith("<?xml")
+    shown = CliRunner().invoke(app, ["report", str(quick)])
+    assert "Where it ended" in shown.output
+    assert CliRunner().invoke(app, ["report", str(quick / "runs")]).exit_code == 1
+
+
+def test_what_is_published_is_a_page_that_names_all_that_was_run(quick: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["publish", str(quick), "--docs", str(tmp_path)])
+    assert shown.output.strip() == str(tmp_path / "evidence.md")
+    text = (tmp_path / "evidence.md").read_text()
+    assert "Does the bench work on this machine?" in text
+    assert "Each contestant ran with 1 seed." in text
+    assert (tmp_path / "images" / "evidence-quick.png").exists()
+    assert CliRunner().invoke(app, ["publish", "--docs", str(tmp_path)]).exit_code == 0
+    assert (tmp_path / "evidence.md").read_text() == text
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_experiment_that_comes_with_the_project_can_be_read(file: Path) -> None:
+    assert read(file).name == file.stem
+    assert file.stem in CliRunner().invoke(app, ["list"]).output
+
+
+def test_the_overhead_is_told_as_a_share_of_training_and_merging(places: Places, tmp_path: Path) -> None:
+    given = experiment()
+    found = timed(given, given.contestants[1], places, rounds=1)
+    assert (found.agents, found.rounds) == (3, 1)
+    assert found.share == pytest.approx(found.other / (found.train + found.merge))
+    assert "1 rounds of 3 agents, delta" in str(found)
