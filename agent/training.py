@@ -125,11 +125,11 @@ class Trainer:
     def _check_memory(self, job: Job, start: Slice, place: str) -> None:
         """Raises MemoryRefusal where not even the numbers fit: the model's, the slice's, and gradient and AdamW of what is trained."""
         offered = self.policy.offered(machine.memory_bytes(place))
-        base = (4 if job.training.precision == "float32" else 2) * job.layout.base.parameters
+        weights = (4 if job.training.precision == "float32" else 2) * job.layout.base.parameters
         learned = job.layout.numbers(job.rank, job.sides) if job.kind is JobKind.train else 0
-        if (needed := base + 4 * (job.layout.numbers(start.label.rank) + 3 * learned)) > offered:
+        if (needed := weights + 4 * (job.layout.numbers(start.label.rank) + 3 * learned)) > offered:
             raise errors.MemoryRefusal(
-                f"{job.model.id} takes {base} bytes, with rank {start.label.rank} and what training needs at least {needed}; "
+                f"{job.model.id} takes {weights} bytes, with rank {start.label.rank} and what training needs at least {needed}; "
                 f"{offered} are offered (memory_share, memory_bytes in policy.toml)",
                 needed=needed,
                 offered=offered,
