@@ -2,8 +2,8 @@
 
 The canonical form is exported: one rank r for all modules, or one for each where a share of the energy is asked for, and
 alpha = r, so that the scale is 1 and every loader agrees on it. The cut to a rank is the first r columns of b and rows of a,
-because the global adapter's directions are in falling order; where it has fewer than r, zeros follow, which change nothing.
-So a folder of one rank computes what a device computes with the slice of that rank.
+because the global adapter's directions are in falling order, or are put in it where a strategy keeps other factors; where it has
+fewer than r, zeros follow, which change nothing. So a folder of one rank computes what a device computes with the slice of that rank.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import safetensors.torch
 from torch import Tensor
 
-from coordinator.lowrank import pad
+from coordinator import aggregation
+from coordinator.lowrank import pad, truncate
+from coordinator.sums import Sum, Term
 from protocol import errors, slices
 from protocol.plan import CausalLM, Layout, Plan, SequenceClassification
 from protocol.slices import Factors, Slice
@@ -48,12 +50,25 @@ def files(plan: Plan, facts: Facts, adapter: bytes, rank: int, kept: float | Non
         raise errors.MismatchedSlice(
             f"these bytes are not the global adapter of plan {plan.name!r}: other tensors, or a scale that is not 1"
         )
+    whole = _falling(plan, whole)
     ranks = {module: rank if kept is None else min(rank, _smallest(factors, kept)) for module, factors in whole.factors.items()}
     return {
         "README.md": card(plan, facts, max(ranks.values())).encode(),
         "adapter_config.json": (json.dumps(config(plan, plan.layout, ranks), indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": safetensors.torch.save(tensors(whole, ranks), metadata={"format": "pt"}),
     }
+
+
+def _falling(plan: Plan, whole: Slice) -> Slice:
+    """The adapter in singular form; also where nobody can say any more in which form its strategy keeps it."""
+    if plan.strategy.name in aggregation.names() and aggregation.load(plan.strategy.name).singular:
+        return whole
+    return replace(whole, factors={module: _decomposed(factors) for module, factors in whole.factors.items()})
+
+
+def _decomposed(factors: Factors) -> Factors:
+    w = Sum((len(factors.b), factors.a.shape[1]), [Term(factors, 1.0)])
+    return truncate(w, factors.rank).padded(factors.rank)
 
 
 def _smallest(factors: Factors, kept: float) -> int:

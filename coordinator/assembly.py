@@ -16,7 +16,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from coordinator import aggregation
+from coordinator import aggregation, rounding
 from coordinator.blobs import GROWING, Blobs
 from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
@@ -24,7 +24,7 @@ from coordinator.portions import Portion, fresh
 from protocol import crash, errors
 from protocol.crash import Point
 from protocol.messages import BlobRef
-from protocol.plan import Dtype, Layout, Plan
+from protocol.plan import Dtype, Layout, Plan, Split
 from protocol.slices import TORCH_DTYPES, Factors, Label, head, numbers
 from protocol.views import Energy
 
@@ -59,6 +59,10 @@ class Merged:
     starts: dict[int, BlobRef] = field(default_factory=dict)
     energy: dict[str, Energy] = field(default_factory=dict)
 
+    def start(self, rank: int) -> BlobRef:
+        """What training at that rank starts from."""
+        return self.starts.get(rank) or self.slices[rank]
+
 
 def layout_of(plan: Plan) -> Layout:
     """A resolved plan's layout. Raises InvalidPlan for one that is not resolved."""
@@ -69,32 +73,45 @@ def layout_of(plan: Plan) -> Layout:
 
 def starts(plan: Plan) -> dict[int, Start]:
     """What training starts from at each rung; nothing where it starts from the slices."""
-    portion = aggregation.load(plan.strategy.name).portion
-    if portion is Portion.leading:
+    kind = aggregation.load(plan.strategy.name)
+    if kind.portion is Portion.leading and kind.singular:
         return {}
-    return {rank: Start(portion.held(rank, plan.global_rank), plan.adapter.scale(rank)) for rank in plan.ranks.ladder}
+    return {rank: Start(kind.portion.held(rank, plan.global_rank), plan.adapter.scale(rank)) for rank in plan.ranks.ladder}
 
 
-def module_piece(plan: Plan, round: int, module: str, adapter: Factors, energy: Energy) -> Piece:
-    """One module of the adapter, its cut at every rung, and what training starts from.
+def module_piece(plan: Plan, round: int, module: str, kept: Factors, best: Factors, energy: Energy) -> Piece:
+    """One module of the adapter as it is kept, its best approximation's cut at every rung, and what training starts from.
 
-    adapter: b = U√S (n_out, k), a = √S Vᵀ (k, n_in), float32. Raises NonFiniteSlice where the wire's dtype cannot hold it.
+    kept, best: b (n_out, k), a (k, n_in), the best one with b = U√S, a = √S Vᵀ; where the strategy keeps singular form they are
+    the same. Raises NonFiniteSlice where the wire's dtype cannot hold it.
     """
-    whole = pad(adapter, plan.global_rank)
-    rows = fresh_rows(plan.global_rank, whole.a.shape[1], seed=plan.seed, round=round, module=module)
+    rows = fresh_rows(plan.global_rank, best.a.shape[1], seed=plan.seed, round=round, module=module)
+    whole = pad(Factors(b=kept.b.float(), a=kept.a.float()), plan.global_rank)
+    singular = aggregation.load(plan.strategy.name).singular
 
-    def part(rank: int, scale: float) -> bytes:
-        found = cut(whole, rank, scale, plan.adapter.split, fresh(rows, rank), TORCH_DTYPES[plan.wire])
-        _check_held(f"factors/{module}/b", found.b)
-        _check_held(f"factors/{module}/a", found.a)
-        return numbers(found.a, plan.wire) + numbers(found.b, plan.wire)
+    def part(of: Factors, rank: int, scale: float, split: Split | None) -> Factors:
+        return cut(of, rank, scale, split, fresh(rows, rank), TORCH_DTYPES[plan.wire])
 
+    slices = {rank: part(best, rank, plan.adapter.scale(rank), plan.adapter.split) for rank in plan.ranks.ladder}
     return Piece(
-        adapter=numbers(whole.a, Dtype.float32) + numbers(whole.b, Dtype.float32),
-        slices={rank: part(rank, plan.adapter.scale(rank)) for rank in plan.ranks.ladder},
-        starts={start: part(start.directions, start.scale) for start in set(starts(plan).values())},
-        energy=energy,
+        adapter=_numbers(module, whole, Dtype.float32),
+        slices={rank: _numbers(module, slice, plan.wire) for rank, slice in slices.items()},
+        starts={
+            start: _numbers(module, part(whole, start.directions, start.scale, plan.adapter.split if singular else None), plan.wire)
+            for start in set(starts(plan).values())
+        },
+        energy=energy.model_copy(update={"rounding": _rounding(plan, best, slices[plan.ranks.ladder[-1]])}),
     )
+
+
+def _rounding(plan: Plan, best: Factors, slice: Factors) -> float | None:
+    return None if plan.wire is Dtype.float32 else rounding.share(best, slice, plan.adapter.scale(slice.rank))
+
+
+def _numbers(module: str, factors: Factors, dtype: Dtype) -> bytes:
+    _check_held(f"factors/{module}/b", factors.b)
+    _check_held(f"factors/{module}/a", factors.a)
+    return numbers(factors.a, dtype) + numbers(factors.b, dtype)
 
 
 def tensor_piece(plan: Plan, name: str, tensor: Tensor) -> Piece:
@@ -122,6 +139,7 @@ class Assembly:
     def __init__(self, plan: Plan, round: int) -> None:
         self._plan = plan
         self._round = round
+        self._begun = starts(plan)
         self._open = ExitStack()
         self._energy: dict[str, Energy] = {}
 
@@ -135,7 +153,7 @@ class Assembly:
             label = Label(rank=rank, scale=plan.adapter.scale(rank), round=self._round)
             self._slices[rank] = self._spool(folder / str(rank), head(layout, label, plan.wire))
         self._starts: dict[Start, _Spool] = {}
-        for start in dict.fromkeys(starts(plan).values()):
+        for start in dict.fromkeys(self._begun.values()):
             label = Label(rank=start.directions, scale=start.scale, round=self._round)
             self._starts[start] = self._spool(folder / f"start-{len(self._starts)}", head(layout, label, plan.wire))
         return self
@@ -160,7 +178,7 @@ class Assembly:
         slices = {rank: spool.keep(blobs) for rank, spool in self._slices.items()}
         kept = {start: spool.keep(blobs) for start, spool in self._starts.items()}
         crash.reached(Point.adapter_blob_kept)
-        begun = {rank: kept[start] for rank, start in starts(self._plan).items()}
+        begun = {rank: kept[start] for rank, start in self._begun.items()}
         return Merged(adapter=adapter, slices=slices, starts=begun, energy=self._energy)
 
     def _spool(self, path: Path, start: bytes) -> _Spool:

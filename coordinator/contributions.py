@@ -1,6 +1,6 @@
 """What a strategy is told of a round, and the few choices that strategies are made of.
 
-what is summed       products · changes · averaged factors
+what is summed       products · changes · additions · moved b alone · averaged factors
 with which weights   by_share · by_direction · by_norm
 what else is kept    untouched: the adapter's directions that nobody trained
 """
@@ -72,9 +72,9 @@ def by_share(round: ModuleRound) -> Weights:
     return [torch.full((c.factors.rank,), c.weight, dtype=torch.float64) for c in round.contributions]
 
 
-def by_direction(round: ModuleRound) -> Weights:
-    """Direction i counts with p / qᵢ, where qᵢ is the share of those who trained it: it is averaged over them alone."""
-    trained = _trained(round)
+def by_direction(round: ModuleRound, power: float = 1.0) -> Weights:
+    """Direction i counts with p / qᵢ^power, where qᵢ is the share of those who trained it; at 1 it is averaged over them alone."""
+    trained = _trained(round).pow(power)
     return [c.weight / trained[c.positions] for c in round.contributions]
 
 
@@ -112,7 +112,7 @@ def products(round: ModuleRound, weights: Weights) -> list[Term]:
 
 def changes(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Term]:
     """Step · Σ w γ (s b a − s₀ b₀ a₀); those who were given the same file share one term for it."""
-    pairs = [(c, w * (step * c.shrink)) for c, w in zip(round.contributions, weights, strict=True)]
+    pairs = _counted(round, weights, step)
     given: dict[str, Given] = {c.given.digest: c.given for c, _ in pairs}
     started = [
         Term(file.factors, -file.scale * torch.stack([_spread(c, w) for c, w in pairs if c.given.digest == digest]).sum(dim=0))
@@ -121,21 +121,40 @@ def changes(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Ter
     return [Term(c.factors, w * c.scale) for c, w in pairs] + started
 
 
-def averaged(round: ModuleRound, weights: Weights) -> Term:
-    """(Σ w √s b)(Σ w √s a), lower ranks padded with zeros; √s as slices are cut. Where γ < 1 a factor moves only so far."""
+def additions(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Term]:
+    """Step · Σ w γ s b a: what was changed of directions that began as nothing, so that b₀ was zero."""
+    return [Term(c.factors, w * c.scale) for c, w in _counted(round, weights, step)]
+
+
+def moved(round: ModuleRound, weights: Weights, step: float = 1.0) -> Tensor:
+    """Step · Σ w γ (s b − s₀ b₀), each direction at its position: (n_out, directions of the adapter) float64."""
+    b = torch.zeros(round.shape[0], round.adapter.rank, dtype=torch.float64)
+    for c, w in _counted(round, weights, step):
+        b[:, c.positions] += w * (c.scale * _load(c.factors, round).b.double() - c.given.scale * c.started(round.shape).b.double())
+    return b
+
+
+def averaged(round: ModuleRound, weights: Weights) -> Factors:
+    """Σ w s b and Σ w a, float64, each direction at its position; where nobody trained one it is zero.
+
+    The scale stands with b, so that a is the same for clients of unequal scales. Where γ < 1 a factor moves only so far.
+    """
     n_out, n_in = round.shape
-    rank = max(c.factors.rank for c in round.contributions)
+    rank = 1 + max(int(c.positions.max()) for c in round.contributions)
     b, a = torch.zeros(n_out, rank, dtype=torch.float64), torch.zeros(rank, n_in, dtype=torch.float64)
     for c, w in zip(round.contributions, weights, strict=True):
-        root, r = c.given.scale**0.5, c.factors.rank
-        new = _load(c.factors, round)
-        b[:, :r] += w * (c.shrink * c.scale / root) * new.b.double()
-        a[:r] += w[:, None] * (c.shrink * root) * new.a.double()
+        parts = [(c.shrink, c.scale, _load(c.factors, round))]
         if c.shrink < 1:
-            old = _load(c.given.factors, round)
-            b[:, :r] += w * ((1 - c.shrink) * root) * old.b.double()
-            a[:r] += w[:, None] * ((1 - c.shrink) * root) * old.a.double()
-    return Term(Factors(b=b, a=a), 1.0)
+            parts.append((1 - c.shrink, c.given.scale, c.started(round.shape)))
+        for share, scale, factors in parts:
+            b[:, c.positions] += w * (share * scale) * factors.b.double()
+            a[c.positions] += w[:, None] * share * factors.a.double()
+    return Factors(b=b, a=a)
+
+
+def _counted(round: ModuleRound, weights: Weights, step: float) -> list[tuple[Contribution, Tensor]]:
+    """The contributions, with step · w γ."""
+    return [(c, w * (step * c.shrink)) for c, w in zip(round.contributions, weights, strict=True)]
 
 
 def untouched(round: ModuleRound) -> Term:

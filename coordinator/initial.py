@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from coordinator import aggregation
 from coordinator.assembly import Assembly, Merged, layout_of, module_piece, tensor_piece
 from coordinator.blobs import Blobs
-from coordinator.fresh import fresh_tensor
-from protocol.plan import Plan
-from protocol.slices import Factors
+from coordinator.fresh import fresh_rows, fresh_tensor
+from protocol.plan import Plan, Sides
+from protocol.slices import TORCH_DTYPES, Factors
 from protocol.views import Energy
 
 
@@ -21,8 +22,16 @@ def first_adapter(plan: Plan, blobs: Blobs) -> Merged:
     energy = Energy(total=0.0, kept=dict.fromkeys(sorted({*plan.ranks.ladder, plan.global_rank}), 1.0), stacked_rank=0)
     with Assembly(plan, round=0) as assembly:
         for module, (n_out, n_in) in layout.modules.items():
-            nothing = Factors(b=torch.zeros(n_out, 0), a=torch.zeros(0, n_in))
-            assembly.add(module, module_piece(plan, 0, module, nothing, energy))
+            nothing = Factors(b=torch.zeros(n_out, plan.global_rank), a=torch.zeros(plan.global_rank, n_in))
+            assembly.add(module, module_piece(plan, 0, module, _begun(plan, module, nothing), nothing, energy))
         for name, shape in layout.full.items():
             assembly.add(name, tensor_piece(plan, name, fresh_tensor(name, shape, seed=plan.seed)))
         return assembly.publish(blobs)
+
+
+def _begun(plan: Plan, module: str, nothing: Factors) -> Factors:
+    """W = 0 as it is kept: where clients train b alone, with the rows of a that stay for ever, as exact as they travel."""
+    if aggregation.load(plan.strategy.name).sides is Sides.both:
+        return nothing
+    rows = fresh_rows(plan.global_rank, nothing.a.shape[1], seed=plan.seed, round=0, module=module)
+    return Factors(b=nothing.b, a=rows.to(TORCH_DTYPES[plan.wire]).float())

@@ -90,10 +90,11 @@ def pad(factors: Factors, rank: int) -> Factors:
     return Factors(b=b, a=a)
 
 
-def cut(adapter: Factors, rank: int, scale: float, split: Split, fresh: Tensor, dtype: torch.dtype) -> Factors:
+def cut(adapter: Factors, rank: int, scale: float, split: Split | None, fresh: Tensor, dtype: torch.dtype) -> Factors:
     """The slice of that rank: s · b @ a is the adapter's leading part, in the dtype in which it travels.
 
-    adapter: b = U√S, a = √S Vᵀ with S falling (zero directions last); fresh: (≥ rank, n_in), the rows that a direction
+    adapter: b = U√S, a = √S Vᵀ with S falling (zero directions last), or without a split any b and a, of which a stays as it
+    is and b is divided by the scale; fresh: (≥ rank, n_in), the rows that a direction
     begins with where the adapter has none. There b is zero, so the product is still the adapter's, and the pair learns:
     a pair of which both sides are zero has no gradient, for ever.
     """
@@ -105,7 +106,7 @@ def cut(adapter: Factors, rank: int, scale: float, split: Split, fresh: Tensor, 
     return Factors(b=b, a=torch.where(dead[:, None], fresh[:rank].to(dtype), a))
 
 
-def _split(b: Tensor, a: Tensor, scale: float, split: Split) -> tuple[Tensor, Tensor]:
+def _split(b: Tensor, a: Tensor, scale: float, split: Split | None) -> tuple[Tensor, Tensor]:
     """Factors for the columns of b and the rows of a, (r,) each; their products are 1 / scale."""
     match split:
         case Split.balanced:
@@ -117,6 +118,8 @@ def _split(b: Tensor, a: Tensor, scale: float, split: Split) -> tuple[Tensor, Te
         case Split.right:
             norm = _lengths(b)
             return 1 / norm, norm / scale
+        case None:
+            return torch.full((len(a),), 1 / scale, dtype=torch.float64), torch.ones(len(a), dtype=torch.float64)
 
 
 def _lengths(x: Tensor) -> Tensor:

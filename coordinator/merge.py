@@ -96,10 +96,12 @@ def merge_module(task: ModuleTask) -> Piece:
         contributions=tuple(_contribution(blobs, input, task.name, started) for input in task.round.inputs),
         earlier=StoredFactors(open_slice(blobs, task.round.earlier), task.name) if task.round.earlier else None,
     )
-    found = truncate(strategy.combine(state), plan.global_rank)
+    w = strategy.combine(state)
+    found = truncate(w, plan.global_rank)
     kept = {rank: found.kept(rank) for rank in sorted({*plan.ranks.ladder, plan.global_rank})}
     energy = Energy(total=found.total, kept=kept, stacked_rank=found.stacked_rank, short=found.short)
-    return module_piece(plan, round, task.name, found.padded(plan.global_rank), energy)
+    best = found.padded(plan.global_rank)
+    return module_piece(plan, round, task.name, strategy.keep(state, w, best), best, energy)
 
 
 def merge_tensor(task: ModuleTask) -> Piece:

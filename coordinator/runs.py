@@ -26,6 +26,7 @@ def check(plan: Plan) -> None:
             "`python -m admin plans resolve` writes the resolved plan"
         )
     strategy = aggregation.check(plan.strategy)
+    strategy.check(plan)
     ranks.check(plan.ranks)
     if plan.buffer is not None:
         _check_buffered(plan, strategy)

@@ -16,35 +16,62 @@ from typing import ClassVar, TypeGuard
 
 from pydantic import Field, ValidationError
 
-from coordinator.contributions import Contribution, Given, ModuleRound, Weights, by_share, changes
+from coordinator.contributions import Contribution, Given, ModuleRound, Weights, averaged, by_direction, by_share, changes
 from coordinator.portions import Portion
 from coordinator.sums import Sum, Term
 from protocol import errors
-from protocol.plan import Choice, Sides
+from protocol.plan import Choice, Plan, Sides
+from protocol.slices import Factors
 from protocol.strict import Strict
 from protocol.views import Description
 
-__all__ = ["GROUP", "Changes", "Contribution", "Given", "ModuleRound", "Portion", "Strategy", "check", "describe", "load", "names"]
+__all__ = [
+    "GROUP",
+    "Averages",
+    "Changes",
+    "Contribution",
+    "Given",
+    "ModuleRound",
+    "Portion",
+    "Sides",
+    "Strategy",
+    "check",
+    "describe",
+    "load",
+    "names",
+]
 
 GROUP = "hlora.strategies"
 
 
 class Strategy(Strict, ABC):
-    """How contributions become W. The fields of a strategy are its options; the docstring's first line is its summary."""
+    """How contributions become W. The fields of a strategy are its options; the docstring's first line is its summary.
+
+    A strategy is a statement of five choices that do not depend on each other: what is handed out and what of it is trained
+    (`portion`), what comes back (`sides`), what is summed and with which weights (`combine`), what is kept (`keep`).
+    """
 
     exact: ClassVar[bool]  # the sum is the weighted mean of what clients made, without cross terms
     linear: ClassVar[bool]  # the sum is linear in the clients' products, so that it could be formed under masks
-    gauge_free: ClassVar[bool]  # b m, m⁻¹ a gives the same sum as b, a
+    gauge_free: ClassVar[bool]  # b m, m⁻¹ a gives the same adapter as b, a
     equal_ranks: ClassVar[bool] = False  # it refuses a round of unequal ranks
-    portion: ClassVar[Portion] = Portion.leading  # what is handed out, and what of it is trained
-    sides: ClassVar[Sides] = Sides.both  # what of the trained directions is trained, and comes back
+    portion: ClassVar[Portion] = Portion.leading
+    sides: ClassVar[Sides] = Sides.both
+    singular: ClassVar[bool] = True  # what is kept has singular form; otherwise a is the clients' own, and b has their scale in it
     equation: ClassVar[str]
     cost: ClassVar[str] = "D R² + R³"  # multiplications of one module's merge, D = n_out + n_in
     source: ClassVar[str]
 
+    def check(self, plan: Plan) -> None:
+        """Raise InvalidPlan for a plan with which the strategy could not do what it says."""
+
     @abstractmethod
     def combine(self, round: ModuleRound) -> Sum:
-        """The sum of which the next global adapter is the best approximation of the plan's rank."""
+        """The sum that is the next global adapter, as far as the plan's cap holds it."""
+
+    def keep(self, round: ModuleRound, w: Sum, best: Factors) -> Factors:
+        """The factors that are kept of the sum, at most as many directions as its best approximation at the cap has."""
+        return best
 
 
 class Changes(Strategy, ABC):
@@ -56,17 +83,49 @@ class Changes(Strategy, ABC):
 
     step: float = Field(default=1.0, gt=0, le=10, description="η: what the mean change is multiplied by")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="β: the share of the adapter's last step that is taken again")
+    reweight: float = Field(
+        default=0.0, ge=0, le=1, description="ρ in p / qᵢ^ρ, the weight of direction i: at 1 it is averaged over those who train it"
+    )
+
+    def weights(self, round: ModuleRound) -> Weights:
+        """For each contribution, one weight per direction: p / qᵢ^ρ."""
+        return by_direction(round, self.reweight) if self.reweight else by_share(round)
+
+    def changes(self, round: ModuleRound) -> list[Term]:
+        """η Σ w γ (s b a − s₀ b₀ a₀)."""
+        return changes(round, self.weights(round), self.step)
+
+    def combine(self, round: ModuleRound) -> Sum:
+        """(1 + β) W − β W before + η Σ w γ (s b a − s₀ b₀ a₀)."""
+        terms = self.changes(round)
+        if round.earlier is None or not self.momentum:
+            return Sum(round.shape, [Term(round.adapter, 1.0), *terms])
+        return Sum(round.shape, [Term(round.adapter, 1.0 + self.momentum), *terms, Term(round.earlier, -self.momentum)])
+
+
+class Averages(Strategy, ABC):
+    """Strategies that average b and a on their own, and keep these averages: W ← (Σ w s b)(Σ w a), lower ranks padded with zeros.
+
+    What is handed out for rank r are the first r directions as they were averaged, in the clients' own gauge, as in the papers.
+    """
+
+    exact = False
+    linear = False
+    gauge_free = False
+    singular = False
+    cost = "D r² + r³"
 
     def weights(self, round: ModuleRound) -> Weights:
         """For each contribution, one weight per direction."""
         return by_share(round)
 
     def combine(self, round: ModuleRound) -> Sum:
-        """(1 + β) W − β W before + η Σ w γ (s b a − s₀ b₀ a₀)."""
-        terms = changes(round, self.weights(round), self.step)
-        if round.earlier is None or not self.momentum:
-            return Sum(round.shape, [Term(round.adapter, 1.0), *terms])
-        return Sum(round.shape, [Term(round.adapter, 1.0 + self.momentum), *terms, Term(round.earlier, -self.momentum)])
+        """(Σ w s b)(Σ w a)."""
+        return Sum(round.shape, [Term(averaged(round, self.weights(round)), 1.0)])
+
+    def keep(self, round: ModuleRound, w: Sum, best: Factors) -> Factors:
+        """Σ w s b and Σ w a themselves."""
+        return w.terms[0].load(w.shape)
 
 
 def names() -> list[str]:
@@ -116,4 +175,4 @@ def _files() -> list[str]:
 
 
 def _is_strategy(found: object) -> TypeGuard[type[Strategy]]:
-    return isinstance(found, type) and issubclass(found, Strategy) and not inspect.isabstract(found) and found is not Changes
+    return isinstance(found, type) and issubclass(found, Strategy) and not inspect.isabstract(found) and found not in (Changes, Averages)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from coordinator.aggregation import Changes, ModuleRound
-from coordinator.contributions import Weights, by_direction
+from pydantic import Field
+
+from coordinator.aggregation import Changes
 
 
 class Reweighted(Changes):
@@ -21,6 +22,4 @@ class Reweighted(Changes):
     equation = "W ← W + Σᵢ Σ (p / qᵢ) (s bᵢ aᵢ − s₀ b₀ᵢ a₀ᵢ)"
     source = "arXiv:2602.13486"
 
-    def weights(self, round: ModuleRound) -> Weights:
-        """p / qᵢ."""
-        return by_direction(round)
+    reweight: float = Field(default=1.0, ge=0, le=1, description="ρ in p / qᵢ^ρ, the weight of direction i; at 0 this is `delta`")

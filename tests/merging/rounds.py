@@ -23,7 +23,7 @@ def merge(task: RoundTask, blobs: Blobs, executor: str = "threads://1") -> Merge
 
 def crowd(blobs: Blobs, plan: Plan, before: Merged, first_seed: int = 0) -> list[Input]:
     return [
-        send(blobs, plan, before.slices[rank], seed=first_seed + k, weight=weight, shrink=shrink)
+        send(blobs, plan, before.start(rank), rank=rank, seed=first_seed + k, weight=weight, shrink=shrink)
         for k, (rank, weight, shrink) in enumerate(CROWD)
     ]
 

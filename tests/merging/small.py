@@ -9,13 +9,14 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from coordinator import aggregation
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.merge import Input, RoundTask
 from protocol.course import Cohort
 from protocol.messages import BlobRef
 from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Scaling, Split, Training
-from protocol.slices import Factors, Label, Slice, pack, unpack
+from protocol.slices import Factors, Label, Slice, parts, unpack
 
 LAYOUT = Layout(
     modules={"block.q": (20, 12), "block.v": (12, 30)},
@@ -76,14 +77,26 @@ def untrained(start: Slice, seed: int) -> Slice:
 
 
 def send(
-    blobs: Blobs, plan: Plan, base: BlobRef, *, seed: int = 0, weight: float = 1.0, shrink: float = 1.0, train: Train = trained
+    blobs: Blobs,
+    plan: Plan,
+    base: BlobRef,
+    *,
+    rank: int | None = None,
+    seed: int = 0,
+    weight: float = 1.0,
+    shrink: float = 1.0,
+    train: Train = trained,
 ) -> Input:
-    """One client's contribution to the round after the one that published `base`."""
-    start = unpack(blobs.read(base.digest))
-    label = Label(rank=start.label.rank, scale=start.label.scale, round=start.label.round + 1, base=base.digest, examples=seed + 1)
+    """One client's contribution to the round after the one that published `base`, by default of all of its directions."""
+    given, kind = unpack(blobs.read(base.digest)), aggregation.load(plan.strategy.name)
+    rank = rank or given.label.rank
+    directions = kind.portion.trained(rank, plan.global_rank, str(seed))
+    done = train(replace(given, factors={name: f.of(directions) for name, f in given.factors.items()}), seed)
+    label = Label(rank=rank, scale=given.label.scale, round=given.label.round + 1, base=base.digest, examples=seed + 1)
     assert plan.layout is not None
-    ref = blobs.put(pack(replace(train(start, seed), label=label), plan.layout, plan.wire))
-    return Input(digest=ref.digest, rank=label.rank, scale=label.scale, weight=weight, shrink=shrink, base=base.digest)
+    ref = blobs.put(b"".join(parts(replace(done, label=label), plan.layout, plan.wire, kind.sides)))
+    trained_ones = None if directions is None else tuple(directions)
+    return Input(ref.digest, rank, label.scale, weight, shrink, base.digest, trained_ones)
 
 
 def round_task(blobs: Blobs, plan: Plan, before: Merged, inputs: Sequence[Input], round: int = 1) -> RoundTask:

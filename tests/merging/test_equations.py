@@ -9,16 +9,30 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from coordinator import aggregation
 from coordinator.aggregation import Contribution, ModuleRound
 from coordinator.blobs import Blobs
 from coordinator.initial import first_adapter
+from coordinator.lowrank import truncate
 from coordinator.merge import Input
 from protocol import errors
 from protocol.plan import Choice
 from protocol.slices import Factors
 from tests.merging.rounds import merge
 from tests.merging.small import dense, make_plan, read, round_task, send, update
-from tests.merging.test_strategies import Client, close, counted, make_round, product, rounds, strategy
+from tests.merging.test_strategies import (
+    STRATEGIES,
+    Client,
+    close,
+    counted,
+    loaded,
+    make_round,
+    product,
+    rounds,
+    started,
+    strategy,
+    suited,
+)
 from tests.merging.test_truncation import dense as multiplied_out
 from tests.merging.test_truncation import rand
 
@@ -70,13 +84,13 @@ def test_raflora_is_reweighted_where_slices_are_the_adapters_directions(round: M
 
 
 def padded_mean(round: ModuleRound, weights: list[float]) -> Tensor:
-    """(Σ w √s b)(Σ w √s a) with zeros up to rank 4, for rounds in which every change counts in full."""
+    """(Σ w s b)(Σ w a) with zeros up to rank 4, for rounds in which every change counts in full."""
     b, a = torch.zeros(round.shape[0], 4).double(), torch.zeros(4, round.shape[1]).double()
     for c, w in zip(round.contributions, weights, strict=True):
         assert isinstance(c.factors, Factors)
         r = c.factors.rank
-        b[:, :r] += w * c.scale**0.5 * c.factors.b.double()
-        a[:r] += w * c.scale**0.5 * c.factors.a.double()
+        b[:, :r] += w * c.scale * c.factors.b.double()
+        a[:r] += w * c.factors.a.double()
     return b @ a
 
 
@@ -123,15 +137,101 @@ def test_a_factor_moves_only_so_far_where_a_change_counts_in_part(name: str) -> 
     assert torch.allclose(multiplied_out(strategy(name).combine(part)), product(moved, c.scale), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["delta", "reweighted"])
+CHANGES = [name for name in STRATEGIES if issubclass(aggregation.load(name), aggregation.Changes)]
+
+
+@settings(deadline=None, max_examples=20)
+@given(rounds)
+@pytest.mark.parametrize("name", ["folded", "rotating", "flora", "fedex"])
+def test_what_clients_changed_of_their_trained_directions_is_added_to_all_of_the_adapter(name: str, round: ModuleRound) -> None:
+    round = suited(name, round)
+    changes = torch.stack([c.weight * (counted(c) - started(c)) for c in round.contributions]).sum(dim=0)
+    assert close(multiplied_out(strategy(name).combine(round)), product(round.adapter, 1.0) + changes)
+
+
+@settings(deadline=None, max_examples=20)
+@given(rounds)
+def test_flora_stacks_the_fresh_products_beside_the_adapter(round: ModuleRound) -> None:
+    round = suited("flora", round)
+    stacked = torch.stack([c.weight * c.shrink * product(c.factors, c.scale) for c in round.contributions]).sum(dim=0)
+    w = strategy("flora").combine(round)
+    assert close(multiplied_out(w), product(round.adapter, 1.0) + stacked)
+    assert w.rank == 4 + sum(c.factors.rank for c in round.contributions)
+
+
+@pytest.mark.parametrize("name", ["rotating", "folded", "flora", "ffa", "delta"])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@settings(deadline=None, max_examples=20)
+@given(rounds)
+def test_reweighting_divides_by_a_power_of_the_share_of_those_who_train_a_direction(name: str, power: float, round: ModuleRound) -> None:
+    round = suited(name, round)
+    wanted, shares = product(round.adapter, 1.0), dict[int, float]()
+    for c in round.contributions:
+        for i in c.positions.tolist():
+            shares[i] = shares.get(i, 0.0) + c.weight
+    for c in round.contributions:
+        new, old = directions(c.factors, c.scale), directions(c.started(round.shape), c.given.scale)
+        for at, i in enumerate(c.positions.tolist()):
+            wanted = wanted + c.weight / shares[i] ** power * c.shrink * (new[at] - old[at])
+    assert close(multiplied_out(strategy(name).model_copy(update={"reweight": power}).combine(round)), wanted)
+
+
+@settings(deadline=None, max_examples=20)
+@given(rounds)
+def test_ffa_adds_the_mean_change_of_b_beside_the_frozen_a(round: ModuleRound) -> None:
+    round = suited("ffa", round)
+    assert isinstance(round.adapter, Factors)
+    b = round.adapter.b.double()
+    for c in round.contributions:
+        new, old = loaded(c.factors).b.double(), loaded(c.given.factors).b.double()
+        b[:, : c.factors.rank] += c.weight * c.shrink * c.scale * (new - old)
+    w = strategy("ffa").combine(round)
+    kept = strategy("ffa").keep(round, w, Factors(b=round.adapter.b, a=round.adapter.a))
+    assert close(kept.b, b)
+    assert torch.equal(kept.a, round.adapter.a)
+    assert close(multiplied_out(w), b @ round.adapter.a.double())
+
+
+def test_ffa_is_the_papers_mean_of_b_where_ranks_are_equal() -> None:
+    round = suited("ffa", make_round((12, 9), [Client(4, 1.0, 1.0, 1), Client(4, 3.0, 1.0, 2)]))
+    mean = torch.stack([c.weight * c.scale * loaded(c.factors).b.double() for c in round.contributions]).sum(dim=0)
+    assert close(multiplied_out(strategy("ffa").combine(round)), mean @ loaded(round.adapter).a.double())
+
+
+def test_fedex_keeps_the_average_and_beside_it_what_the_average_misses_of_the_mean() -> None:
+    """With frozen weights W₀ + R:  R ← R + Σ p s b a − (Σ p s b)(Σ p a), and training goes on from the averages."""
+    crowd = [Client(2, 1.0, 1.0, 1), Client(2, 3.0, 1.0, 2)]
+    round = suited("fedex", make_round((12, 9), crowd))
+    frozen = product(round.adapter, 1.0) - started(round.contributions[0])
+    mean = torch.stack([c.weight * product(c.factors, c.scale) for c in round.contributions]).sum(dim=0)
+    w = strategy("fedex").combine(round)
+    kept = strategy("fedex").keep(round, w, truncate(w, 9).padded(9))
+    averages = Factors(b=kept.b[:, :2], a=kept.a[:2])
+    assert torch.allclose(dense(averages), padded_mean(round, [0.25, 0.75]), atol=1e-5)
+    residual = Factors(b=kept.b[:, 2:], a=kept.a[2:])
+    assert torch.allclose(dense(residual), frozen + mean - padded_mean(round, [0.25, 0.75]), atol=1e-5)
+
+
+def test_fedex_averages_a_direction_over_those_who_train_it() -> None:
+    round = suited("fedex", make_round((12, 9), [Client(1, 1.0, 1.0, 1), Client(2, 3.0, 1.0, 2)]))
+    w = strategy("fedex").combine(round)
+    kept = strategy("fedex").keep(round, w, truncate(w, 9).padded(9))
+    two = round.contributions[1]
+    assert torch.allclose(kept.a[1], loaded(two.factors).a[1])
+    assert torch.allclose(kept.b[:, 1], two.scale * loaded(two.factors).b[:, 1])
+    assert torch.allclose(dense(kept), multiplied_out(w), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHANGES)
 def test_momentum_is_the_recursion_with_a_memory(name: str) -> None:
     beta, eta = 0.8, 0.5
     crowd = [Client(4, 1.0, 1.0, 1), Client(4, 2.0, 1.0, 2)]
-    earlier = Factors(b=rand(20, 4, seed=70), a=rand(4, 12, seed=71))
-    round = replace(make_round((20, 12), crowd, version=3), earlier=earlier)
+    round = suited(name, make_round((20, 12), crowd, version=3))
+    earlier = Factors(b=rand(20, 4, seed=70), a=loaded(round.adapter).a if name == "ffa" else rand(4, 12, seed=71))
+    round = replace(round, earlier=earlier)
     chosen = strategy(name).model_copy(update={"momentum": beta, "step": eta})
     memory = (product(round.adapter, 1.0) - product(earlier, 1.0)) / eta  # M, of which the last step was η M
-    mean = sum(c.weight * (counted(c) - product(c.given.factors, c.given.scale)) for c in round.contributions)
+    mean = sum(c.weight * (counted(c) - started(c)) for c in round.contributions)
     assert close(multiplied_out(chosen.combine(round)), product(round.adapter, 1.0) + eta * (beta * memory + mean))
     first = replace(round, earlier=None)
     assert close(multiplied_out(chosen.combine(first)), product(round.adapter, 1.0) + eta * mean)

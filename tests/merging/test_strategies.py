@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coordinator import aggregation
-from coordinator.aggregation import Contribution, Given, ModuleRound, Strategy
+from coordinator.aggregation import Contribution, Given, ModuleRound, Portion, Sides, Strategy
 from coordinator.lowrank import truncate
 from protocol.plan import Choice
 from protocol.slices import Factors
@@ -29,13 +29,38 @@ def strategy(name: str) -> Strategy:
 
 
 def suited(name: str, round: ModuleRound) -> ModuleRound:
-    """The round, or for those that want equal ranks, as much of it as has the first client's."""
-    if not strategy(name).equal_ranks:
-        return round
-    rank = round.contributions[0].factors.rank
-    kept = [c for c in round.contributions if c.factors.rank == rank]
+    """The round as that strategy hands it out, or for those that want equal ranks, as much of it as has the first client's."""
+    kind = type(strategy(name))
+    told = [handed(kind, round, c, number) for number, c in enumerate(round.contributions)]
+    if not kind.equal_ranks:
+        return replace(round, contributions=tuple(told))
+    kept = [c for c in told if c.factors.rank == told[0].factors.rank]
     total = sum(c.weight for c in kept)
     return replace(round, contributions=tuple(replace(c, weight=c.weight / total) for c in kept))
+
+
+def handed(kind: type[Strategy], round: ModuleRound, c: Contribution, number: int) -> Contribution:
+    """The same training of what the strategy hands out: a file of more directions, those drawn, b alone."""
+    if (kind.portion, kind.sides) == (Portion.leading, Sides.both):
+        return c
+    whole, rank = round.adapter, c.factors.rank
+    assert isinstance(whole, Factors)
+    held, directions = kind.portion.held(rank, whole.rank), kind.portion.trained(rank, whole.rank, str(number))
+    on_top = max(0, held - whole.rank)
+    file = Factors(
+        b=torch.cat([whole.b / c.given.scale, torch.zeros(len(whole.b), on_top)], dim=1)[:, :held],
+        a=torch.cat([whole.a, rand(on_top, whole.a.shape[1], seed=17)])[:held],
+    )
+    start, old = file.of(directions), loaded(c.given.factors)
+    new = Factors(
+        b=start.b + (loaded(c.factors).b - old.b), a=start.a + (loaded(c.factors).a - old.a) if kind.sides is Sides.both else start.a
+    )
+    return replace(c, factors=new, given=replace(c.given, factors=file), directions=None if directions is None else tuple(directions))
+
+
+def loaded(factors: object) -> Factors:
+    assert isinstance(factors, Factors)
+    return factors
 
 
 @dataclass(frozen=True)
@@ -73,14 +98,17 @@ def make_round(shape: tuple[int, int], clients: Sequence[Client], *, version: in
 
 
 def product(factors: object, scale: float) -> Tensor:
-    assert isinstance(factors, Factors)
-    return dense(factors, scale)
+    return dense(loaded(factors), scale)
+
+
+def started(c: Contribution) -> Tensor:
+    """The directions that a contribution trained, as they were given."""
+    return product(c.started((len(loaded(c.factors).b), loaded(c.factors).a.shape[1])), c.given.scale)
 
 
 def counted(c: Contribution) -> Tensor:
     """The update that a contribution counts as: where it started, and the share of its change that counts."""
-    start = product(c.given.factors, c.given.scale)
-    return start + c.shrink * (product(c.factors, c.scale) - start)
+    return started(c) + c.shrink * (product(c.factors, c.scale) - started(c))
 
 
 clients = st.builds(
@@ -155,7 +183,7 @@ class TestEveryStrategy:
         )
 
     def test_equal_ranks_without_any_change_keep_the_adapter(self, name: str) -> None:
-        still = make_round((20, 12), [Client(rank=4, weight=w, shrink=1.0, seed=1) for w in (1.0, 2.0, 5.0)], move=0.0)
+        still = suited(name, make_round((20, 12), [Client(rank=4, weight=w, shrink=1.0, seed=1) for w in (1.0, 2.0, 5.0)], move=0.0))
         assert close(multiplied_out(strategy(name).combine(still)), product(still.adapter, 1.0))
 
 
@@ -181,13 +209,10 @@ def test_the_gauge_does_not_matter_to_those_that_say_so(name: str, round: Module
 def test_the_sum_is_linear_in_what_clients_send_where_it_says_so(
     name: str, shape: tuple[int, int], crowd: list[Client], share: float
 ) -> None:
-    one, two = make_round(shape, crowd, move=1.0), make_round(shape, [replace(c, seed=c.seed + 7) for c in crowd], move=0.5)
-    mixed = replace(
-        one,
-        contributions=tuple(
-            replace(c, factors=stack(c.factors, d.factors, share)) for c, d in zip(one.contributions, two.contributions, strict=True)
-        ),
-    )
+    one = suited(name, make_round(shape, crowd, move=1.0))
+    two = suited(name, make_round(shape, [replace(c, seed=c.seed + 7) for c in crowd], move=0.5))
+    sides = strategy(name).sides
+    mixed = replace(one, contributions=tuple(mix(c, d, share, sides) for c, d in zip(one.contributions, two.contributions, strict=True)))
     sums = [multiplied_out(strategy(name).combine(round)) for round in (one, two, mixed)]
     assert close(sums[2], share * sums[0] + (1 - share) * sums[1])
 
@@ -196,9 +221,10 @@ def test_the_sum_is_linear_in_what_clients_send_where_it_says_so(
 @settings(deadline=None, max_examples=30)
 @given(round=rounds)
 def test_one_client_of_full_rank_decides_alone_where_the_sum_is_exact(name: str, round: ModuleRound) -> None:
-    round = suited(name, round)
-    alone = make_round(round.shape, [Client(rank=4, weight=3.0, shrink=1.0, seed=5)])
-    assert close(multiplied_out(strategy(name).combine(alone)), counted(alone.contributions[0]))
+    alone = suited(name, make_round(round.shape, [Client(rank=4, weight=3.0, shrink=1.0, seed=5)]))
+    (client,) = alone.contributions
+    wanted = product(alone.adapter, 1.0) - started(client) + counted(client)
+    assert close(multiplied_out(strategy(name).combine(alone)), wanted)
 
 
 def turn(factors: object, seed: int) -> Factors:
@@ -214,13 +240,14 @@ def times(factors: object, factor: float) -> Factors:
     return Factors(b=factors.b * factor, a=factors.a)
 
 
-def stack(one: object, two: object, share: float) -> Factors:
-    """Factors of the mixture share · b₁ a₁ + (1 − share) · b₂ a₂."""
-    assert isinstance(one, Factors)
-    assert isinstance(two, Factors)
-    return Factors(
-        b=torch.cat([share * one.b.double(), (1 - share) * two.b.double()], dim=1), a=torch.cat([one.a.double(), two.a.double()])
-    )
+def mix(c: Contribution, d: Contribution, share: float, sides: Sides) -> Contribution:
+    """A client that sends the mixture share · b₁ a₁ + (1 − share) · b₂ a₂ of two others' products."""
+    one, two = loaded(c.factors), loaded(d.factors)
+    b = share * one.b.double(), (1 - share) * two.b.double()
+    if sides is Sides.b:  # a is theirs alike
+        return replace(c, factors=Factors(b=b[0] + b[1], a=one.a))
+    both = Factors(b=torch.cat(b, dim=1), a=torch.cat([one.a.double(), two.a.double()]))
+    return replace(c, factors=both, directions=None if c.directions is None else c.directions * 2)
 
 
 def test_delta_stacks_the_clients_the_adapter_and_each_slice_given_once() -> None:

@@ -1,0 +1,28 @@
+"""FLoRA: clients train fresh directions on top of the whole adapter, and all that they trained is stacked into it."""
+
+from __future__ import annotations
+
+from coordinator.aggregation import Changes, ModuleRound, Portion
+from coordinator.contributions import additions
+from coordinator.sums import Term
+
+
+class FLoRA(Changes):
+    """The clients' fresh directions, stacked and added to the adapter; the next round begins with fresh ones on top of all of it.
+
+    A fresh direction begins with b₀ = 0, so that a client's product is its change.
+    Departure: the paper folds the stack into the base model's weights; here the adapter keeps what the plan's cap holds of it,
+    so with a cap at the matrix's smaller side it is the paper's.
+    Source: FLoRA, arXiv:2409.05976.
+    """
+
+    exact = True
+    linear = True
+    gauge_free = True
+    portion = Portion.on_top
+    equation = "W ← W + Σ p s b a"
+    source = "arXiv:2409.05976"
+
+    def changes(self, round: ModuleRound) -> list[Term]:
+        """η Σ w γ s b a."""
+        return additions(round, self.weights(round), self.step)
