@@ -22,6 +22,7 @@ from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
 from coordinator.portions import Portion, fresh
 from protocol import crash, errors
+from protocol.checks import is_finite
 from protocol.crash import Point
 from protocol.messages import BlobRef
 from protocol.plan import Dtype, Layout, Plan, Split
@@ -119,12 +120,13 @@ def tensor_piece(plan: Plan, name: str, tensor: Tensor) -> Piece:
     travelling = tensor.to(TORCH_DTYPES[plan.wire])
     _check_held(f"full/{name}", travelling)
     part = numbers(travelling, plan.wire)
-    return Piece(numbers(tensor, Dtype.float32), dict.fromkeys(plan.ranks.ladder, part), dict.fromkeys(starts(plan).values(), part))
+    whole = part if plan.wire is Dtype.float32 else numbers(tensor, Dtype.float32)
+    return Piece(whole, dict.fromkeys(plan.ranks.ladder, part), dict.fromkeys(starts(plan).values(), part))
 
 
 def _check_held(name: str, travelling: Tensor) -> None:
     """Raises NonFiniteSlice where numbers, which were finite, became infinite on the way into the wire's dtype."""
-    if not bool(torch.isfinite(travelling).all()):
+    if not is_finite(travelling):
         largest = torch.finfo(travelling.dtype).max
         raise errors.NonFiniteSlice(
             f"{name} of the merged adapter holds numbers beyond {largest:.6g}, the most that slices of this plan can carry; "

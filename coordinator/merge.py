@@ -111,16 +111,16 @@ def merge_tensor(task: ModuleTask) -> Piece:
     otherwise its old t₀ would pull the mean back.
     """
     blobs, plan = Blobs.open(task.round.store), task.round.plan
-    newest = open_slice(blobs, task.round.previous).full(task.name).to(TORCH_DTYPES[plan.wire]).double()
     mean = torch.zeros(task.shape, dtype=torch.float64)
     for input in task.round.inputs:
         base = open_slice(blobs, input.base)
         sent = _opened(blobs, input).trained_full(task.name, partial(base.full, task.name))
-        mean.add_(sent.double(), alpha=input.weight * input.shrink)
+        mean.add_(sent, alpha=input.weight * input.shrink)
         if input.shrink < 1:
-            mean.add_(base.full(task.name).double(), alpha=input.weight * (1 - input.shrink))
+            mean.add_(base.full(task.name), alpha=input.weight * (1 - input.shrink))
         if base.header.label.round < task.round.round - 1:
-            mean.add_(newest - base.full(task.name).double(), alpha=input.weight)
+            newest = open_slice(blobs, task.round.previous).full(task.name).to(TORCH_DTYPES[plan.wire])
+            mean.add_(newest.double() - base.full(task.name).double(), alpha=input.weight)
     return tensor_piece(plan, task.name, mean)
 
 
