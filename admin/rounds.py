@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -95,9 +96,20 @@ def _standing(found: RoundView) -> list[tuple[str, str]]:
         ("seconds", f"{words.duration(found.train_seconds)} of training in all, {words.duration(found.merge_seconds)} of merging"),
         ("training", words.metrics(found.train_metrics)),
         ("metrics", words.metrics(found.metrics)),
+        ("rounded off", _rounded(found)),
         ("adapter", found.adapter.digest if found.adapter else ""),
         ("given up", "contributions and slices, by the retention policy; the adapter stays" if found.forgotten else ""),
     ]
+
+
+def _rounded(found: RoundView) -> str:
+    """What the plan's number formats cost: as clients say it, and as slices are known to be."""
+    up = found.train_metrics.get("rounding")
+    modules = [(energy.rounding**2, energy.total * max(energy.kept.values())) for energy in found.energy.values() if energy.rounding]
+    down = math.sqrt(math.fsum(r * e for r, e in modules) / (math.fsum(e for _, e in modules) or 1.0)) if modules else None
+    parts = [] if up is None else [f"{words.share(up)} of a client's change, as clients say"]
+    parts += [] if down is None else [f"at most {words.share(down)} of the largest slice"]
+    return "; ".join(parts)
 
 
 def _contributions(found: RoundView) -> str:

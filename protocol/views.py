@@ -73,6 +73,9 @@ class Energy(Strict):
         default=0.0,
         description="share of ‖W‖²_F that the best adapter of the largest rank may hold beyond this one; 0 where this is the best",
     )
+    rounding: float | None = Field(
+        default=None, description="the most that half precision takes off the largest slice, as a share of its norm; none of float32"
+    )
 
 
 class ManifestInput(Strict):
