@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import ParamSpec, TypeVar
@@ -11,8 +12,8 @@ from distributed import Client, WorkerPlugin
 
 from protocol import errors
 
-SECONDS = 10  # to reach the scheduler
-RETRIES = 2  # of a task that failed; one whose worker was lost is given to another by the scheduler itself
+SECONDS = 10  # to reach the scheduler, for the first time or again
+LEFT = ("closing", "closed")  # of a client that did not reach it again
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,26 +22,36 @@ T = TypeVar("T")
 class Cluster(Executor):
     """The workers of a dask scheduler at HOST:PORT; they need this project installed and reach the same blobs.
 
-    Raises Unavailable where no scheduler answers.
+    A task whose worker was lost is given to another by the scheduler itself. Where the scheduler is lost, the tasks under
+    way are cancelled; what comes next goes to the one that answers there then. Raises Unavailable where none answers.
     """
 
     def __init__(self, address: str) -> None:
-        try:
-            self._client = Client(f"tcp://{address}", timeout=SECONDS, set_as_default=False)
-        except (OSError, TimeoutError) as error:
-            raise errors.Unavailable(f"no dask scheduler answers at {address}: {error}") from None
-        self._client.register_plugin(_OneThread())
-        self._tasks = self._client.get_executor(pure=False, retries=RETRIES)
+        self._address = address
+        self._connecting = threading.Lock()
+        self._client, self._tasks = self._connect()
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run it on some worker."""
-        future: Future[T] = self._tasks.submit(function, *args, **kwargs)
+        """Run it on some worker. Raises Unavailable where no scheduler answers."""
+        with self._connecting:
+            if self._client.status in LEFT:
+                self._client, self._tasks = self._connect()
+            future: Future[T] = self._tasks.submit(function, *args, **kwargs)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster, which goes on without us."""
         self._tasks.shutdown(wait=wait)
         self._client.close()
+
+    def _connect(self) -> tuple[Client, Executor]:
+        try:
+            client = Client(f"tcp://{self._address}", timeout=SECONDS, set_as_default=False)
+        except (OSError, TimeoutError) as error:
+            raise errors.Unavailable(f"no dask scheduler answers at {self._address}: {error}") from None
+        client.register_plugin(_OneThread())
+        # A task that failed is not tried again here: whether repeating can help is known to whoever submitted it.
+        return client, client.get_executor(pure=False)
 
 
 class _OneThread(WorkerPlugin):  # type: ignore[misc]  # distributed ships no types

@@ -154,7 +154,7 @@ class Conductor:
         except Exception as error:
             log.exception("merge-failed", round=claim.round_id)
             with self._database.write() as session:
-                publishing.fail(session, claim, _words(error), self._database.clock(session))
+                publishing.fail(session, claim, _words(error), self._database.clock(session), tries=publishing.tries(error))
         else:
             self._bell.ring(woken)
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import torch
 
+from coordinator.processes import Processes
 from protocol import errors
 
 LARGEST = 1024  # workers of one machine; more is a slip of the keyboard
@@ -42,11 +42,6 @@ def _threads(workers: int) -> Executor:
     return ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=_one_thread)
 
 
-def _processes(workers: int) -> Executor:
-    # Spawned: a process forked after torch has run hangs.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
-
-
 def _cluster(address: str) -> Executor:
     if find_spec("distributed") is None:
         raise errors.InvalidRequest("dask:// needs the package distributed: pip install 'hlora[cluster]', here and on the workers")
@@ -59,4 +54,4 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-_KINDS: Mapping[str, Callable[[int], Executor]] = {"threads": _threads, "processes": _processes}
+_KINDS: Mapping[str, Callable[[int], Executor]] = {"threads": _threads, "processes": Processes}
