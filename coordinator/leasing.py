@@ -11,7 +11,7 @@ from functools import cache
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
-from coordinator import aggregation, events, histories, ranks
+from coordinator import events, histories, ranks, sizes
 from coordinator.access import digest
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
@@ -107,7 +107,7 @@ class _Desk:
 
 
 def _largest_upload(plan: Plan, rank: int) -> int:
-    return largest_length(ranks.layout(plan), rank, plan.upload, aggregation.load(plan.strategy.name).sides)
+    return largest_length(sizes.layout(plan), rank, plan.upload, sizes.strategy(plan).sides)
 
 
 def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, largest: int, now: datetime) -> messages.Job:
@@ -126,7 +126,7 @@ def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, large
         seed=seed(plan, round.number, client.name, kind),
         slice=messages.BlobRef(digest=job.base, bytes=job.base_bytes),
         directions=job.directions,
-        sides=aggregation.load(plan.strategy.name).sides if kind is JobKind.train else Sides.both,
+        sides=sizes.strategy(plan).sides if kind is JobKind.train else Sides.both,
         lease=messages.Lease(epoch=job.epoch, seconds=plan.times.lease, no_progress_seconds=plan.times.no_progress),
         remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
         max_upload_bytes=largest,

@@ -17,15 +17,15 @@ from importlib.metadata import entry_points
 
 from pydantic import ValidationError
 
+from coordinator.sizes import held_numbers, layout, start_bytes, trained_numbers, upload_bytes
 from protocol import errors
 from protocol.messages import Profile, Usage
-from protocol.plan import CausalLM, Dtype, Layout, Plan, Ranks
-from protocol.slices import HEADER_SLACK, body_length
+from protocol.plan import CausalLM, Plan, Ranks
+from protocol.slices import HEADER_SLACK
 from protocol.strict import Strict
 from protocol.views import Description, RankView
 
 ENTRY_POINTS = "hlora.ranks"
-ENTRY_BYTES = 128  # of one tensor in a slice's header, beside its name
 SAFETY = 0.8  # share of the time left that a job is planned to take: estimates err, and loading the model is in none of them
 
 
@@ -153,30 +153,6 @@ def choose(plan: Plan, candidate: Candidate, population: Population) -> RankView
 # --- what every policy obeys -------------------------------------------------------------------------------------------
 
 
-def layout(plan: Plan) -> Layout:
-    """The plan's layout. Raises InvalidPlan if the plan was never resolved."""
-    if plan.layout is None:
-        raise errors.InvalidPlan(f"plan {plan.name!r} has no layout; resolve it first")
-    return plan.layout
-
-
-def slice_bytes(plan: Plan, rank: int) -> int:
-    """About how long the file of a slice to start from is, rather too long than too short."""
-    return _file_bytes(plan, rank, plan.wire)
-
-
-def upload_bytes(plan: Plan, rank: int) -> int:
-    """About how long the file of a trained slice is, rather too long than too short."""
-    return _file_bytes(plan, rank, plan.upload)
-
-
-def _file_bytes(plan: Plan, rank: int, dtype: Dtype) -> int:
-    """Computed from counts and not from a header that is written out: a large fleet asks for it many times a round."""
-    shapes, entries = layout(plan), 2 if dtype is Dtype.int8 else 1  # a tensor and its scales
-    header = sum(2 * (len(name) + ENTRY_BYTES) for name in shapes.modules) + sum(len(name) + ENTRY_BYTES for name in shapes.full)
-    return body_length(shapes, rank, dtype) + entries * header
-
-
 def examples(plan: Plan, candidate: Candidate) -> int:
     """The client's rows to train on."""
     dataset = candidate.profile.datasets.get(plan.data)
@@ -184,10 +160,10 @@ def examples(plan: Plan, candidate: Candidate) -> int:
 
 
 def allowed(plan: Plan, profile: Profile) -> list[int]:
-    """The rungs of the ladder within the owner's limits on the rank and on a job's bytes (one slice down, one up)."""
+    """The rungs of the ladder within the owner's limits on the rank and on a job's bytes (one file down, one up)."""
     largest, most = profile.limits.largest_rank, profile.limits.max_bytes
     rungs = plan.ranks.ladder if largest is None else [r for r in plan.ranks.ladder if r <= largest]
-    return [r for r in rungs if most is None or slice_bytes(plan, r) + upload_bytes(plan, r) + HEADER_SLACK <= most]
+    return [r for r in rungs if most is None or start_bytes(plan, r) + upload_bytes(plan, r) + HEADER_SLACK <= most]
 
 
 def owner_words(profile: Profile) -> str:
@@ -202,7 +178,7 @@ def owner_words(profile: Profile) -> str:
 
 
 def steps_within(plan: Plan, candidate: Candidate, rank: int, seconds: float) -> int:
-    """How many of the plan's optimiser steps, with one slice down and one up, that time can hold; 0 if not even one.
+    """How many of the plan's optimiser steps, with one file down and one up, that time can hold; 0 if not even one.
 
     One step may fill it; more are given only as they fit its share SAFETY.
     """
@@ -220,9 +196,9 @@ def needs(plan: Plan, candidate: Candidate, rank: int) -> str:
 
 
 def link_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
-    """One slice down and one up; a direction of unknown speed takes no time."""
+    """One file down and one up; a direction of unknown speed takes no time."""
     down, up = speeds(candidate)
-    return (slice_bytes(plan, rank) / down if down else 0.0) + (upload_bytes(plan, rank) / up if up else 0.0)
+    return (start_bytes(plan, rank) / down if down else 0.0) + (upload_bytes(plan, rank) / up if up else 0.0)
 
 
 def speeds(candidate: Candidate) -> tuple[float | None, float | None]:
@@ -239,9 +215,10 @@ def speeds(candidate: Candidate) -> tuple[float | None, float | None]:
 def step_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
     """One optimiser step: the measured one times F(rank) / F(its rank), or else F(rank) / training_flops.
 
-    A step of B · accumulate rows of T tokens costs F(r) = B · accumulate · T · (4 P + 6 N(r)) operations: the frozen base
-    forward (2) and backward to its inputs only (2), the adapter also to its weights (2 + 2 + 2). N(r) are the numbers of a
-    slice; P those of the base, without the embedding table where a classifier only looks it up.
+    A step of B · accumulate rows of T tokens costs F(r) = B · accumulate · T · (4 P + 4 D(r) + 2 N(r)) operations: the base and
+    all that was handed out forward (2) and backward to its inputs (2), what is trained also to its weights (2). D(r) are the
+    numbers of what is handed out, N(r) those that are trained; P those of the base, without the embedding table where a
+    classifier only looks it up.
     """
     measured = candidate.measured
     if measured is not None and measured.usage.step_seconds:
@@ -252,4 +229,9 @@ def step_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
 def _operations(plan: Plan, rank: int) -> float:
     training, base = plan.training, layout(plan).base
     used = base.parameters if isinstance(plan.task, CausalLM) else max(0, base.parameters - base.vocabulary * base.hidden)
-    return training.batch_size * training.accumulate * plan.task.max_length * (4 * used + 6 * layout(plan).numbers(rank))
+    return (
+        training.batch_size
+        * training.accumulate
+        * plan.task.max_length
+        * (4 * used + 4 * held_numbers(plan, rank) + 2 * trained_numbers(plan, rank))
+    )

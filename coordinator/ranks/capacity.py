@@ -1,16 +1,18 @@
 """The largest rank that a client's memory, link and data carry.
 
 With P parameters, L layers, width H and vocabulary V of the base, T = max_length tokens a row, B rows a forward pass,
-N(r) = layout.numbers(r) numbers in a slice of rank r, and examples n, each consideration compares a need with a budget:
+D(r) numbers in what a client of rank r is handed, N(r) in what it trains of them and sends back, and examples n, each
+consideration compares a need with a budget:
 
 memory, bytes      c P  weights, with c = 2 bytes a number where the plan and the device go down to half precision, otherwise 4
                    + c 17 B T L H  activations kept for the backward pass (34 s b h bytes a layer in 16 bits, of Korthikanti
                      et al. 2022, eq. 2, without attention scores, which block-wise attention does not keep)
                    + 8 B T V  for a language model's logits and their gradient + 4 B T r for each adapted module
                    + 16 N(r)  trained numbers, gradient, and both moments of AdamW, in float32
+                   + 4 (D(r) − N(r))  numbers that stay frozen
                    + 4·10⁸ where training uses the machine's own memory: the process with its libraries (measured: 382 MiB)
                    ≤ memory_share · memory_bytes
-link, seconds      S(r) / down + U(r) / up, with S(r) the bytes of a slice on the wire, U(r) those of a trained one
+link, seconds      S(r) / down + U(r) / up, with S(r) the bytes of what is handed out, U(r) those of what is sent back
                    ≤ link_share · times.job
 data               f(r) / n ≤ f(r_top) / ñ with f(r) = Σ r (n_out + n_in − r), the degrees of freedom of an update of rank r,
                    r_top the ladder's largest rank and ñ the lower median of the eligible clients' examples
@@ -37,7 +39,8 @@ from statistics import median_low
 
 from pydantic import Field
 
-from coordinator.ranks import Candidate, Policy, Population, examples, layout, link_seconds, owner_words, speeds
+from coordinator.ranks import Candidate, Policy, Population, examples, link_seconds, owner_words, speeds
+from coordinator.sizes import held_numbers, layout, trained_numbers
 from protocol.plan import CausalLM, Dtype, Plan
 from protocol.strict import Share
 from protocol.views import RankView
@@ -123,7 +126,8 @@ def _memory(plan: Plan, candidate: Candidate, share: float) -> Demand:
 
     def own(rank: int) -> int:
         """The part that grows with the rank."""
-        return 16 * layout(plan).numbers(rank) + 4 * rows * rank * len(layout(plan).modules)
+        trained = trained_numbers(plan, rank)
+        return 16 * trained + 4 * (held_numbers(plan, rank) - trained) + 4 * rows * rank * len(layout(plan).modules)
 
     measured, total = candidate.measured, profile.memory_bytes
     peak = measured.usage.peak_memory_bytes if measured else None

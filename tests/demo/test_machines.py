@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent import policy
-from coordinator import ranks
+from coordinator import ranks, sizes
 from coordinator.ranks import Candidate, Population
 from demo import machines, plan
 from demo.departments import SHARES
@@ -77,7 +77,7 @@ def test_each_small_rank_has_its_own_reason(resolved: Plan, profiles: dict[str, 
 
 def test_a_metered_machine_does_a_job_of_its_rank_and_refuses_none(resolved: Plan) -> None:
     allowed = machines.between(4, LAYOUT)
-    assert 2 * ranks.slice_bytes(resolved, 4) < allowed < 2 * ranks.slice_bytes(resolved, 8)
+    assert 2 * sizes.start_bytes(resolved, 4) < allowed < 2 * sizes.start_bytes(resolved, 8)
 
 
 def test_only_slow_links_have_a_speed() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import ranks
+from coordinator import ranks, sizes
 from coordinator.ranks import Candidate, Measured, Population
 from protocol import errors
 from protocol.plan import CausalLM, Dtype, Plan
@@ -83,7 +83,7 @@ def test_the_measured_peak_replaces_the_estimate() -> None:
 
 def test_the_link_carries_a_slice_down_and_one_up_in_its_share_of_the_job() -> None:
     seconds = 25  # a quarter of the job's 100 s
-    speed = 2 * ranks.slice_bytes(make_plan(), 8) / seconds
+    speed = 2 * sizes.start_bytes(make_plan(), 8) / seconds
     view = choose(make_candidate(link=speed * 1.001))
     assert view.rank == 8
     assert view.reason == "8: the link (698 bytes/s down, 698 bytes/s up) carries at most rank 8 in 25 % of the job's time"
@@ -91,7 +91,7 @@ def test_the_link_carries_a_slice_down_and_one_up_in_its_share_of_the_job() -> N
 
 
 def test_the_speeds_that_were_reached_replace_the_declared_ones() -> None:
-    speed = 2 * ranks.slice_bytes(make_plan(), 4) / 25 * 1.001
+    speed = 2 * sizes.start_bytes(make_plan(), 4) / 25 * 1.001
     measured = make_measured(16, download_bytes=1000, download_seconds=1000 / speed, upload_bytes=3000, upload_seconds=3000 / speed)
     assert choose(make_candidate(link=1e9, measured=measured)).rank == 4
 
@@ -123,13 +123,13 @@ def test_where_nobody_else_is_known_the_data_set_no_limit() -> None:
 
 
 def test_two_reasons_that_bind_alike_are_both_told() -> None:
-    view = choose(make_candidate(examples=23, link=2 * ranks.slice_bytes(make_plan(), 4) / 25 * 1.001))
+    view = choose(make_candidate(examples=23, link=2 * sizes.start_bytes(make_plan(), 4) / 25 * 1.001))
     assert "the link" in view.reason
     assert " and its 23 examples" in view.reason
 
 
 def test_a_rank_rises_only_with_head_room() -> None:
-    speed = 2 * ranks.slice_bytes(make_plan(), 16) / 25
+    speed = 2 * sizes.start_bytes(make_plan(), 16) / 25
     held = choose(make_candidate(link=speed * 1.2, previous=8))
     assert held.rank == 8
     assert held.reason == "8: rank 16 would fit, but with less than 25 % to spare on link: too little to rise so far"
@@ -138,7 +138,7 @@ def test_a_rank_rises_only_with_head_room() -> None:
 
 
 def test_a_rank_falls_at_once() -> None:
-    speed = 2 * ranks.slice_bytes(make_plan(), 16) / 25
+    speed = 2 * sizes.start_bytes(make_plan(), 16) / 25
     assert choose(make_candidate(link=speed * 0.99, previous=16)).rank == 8
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from coordinator import ranks
+from coordinator import ranks, sizes
 from coordinator.ranks import Population
 from protocol import errors
 from protocol.plan import Dtype, Ranks
@@ -93,7 +93,7 @@ def test_a_chosen_rank_is_on_the_ladder_and_within_the_owners_limits(
     view = ranks.choose(plan, candidate, population)
     assert view.rank in ladder
     assert view.rank <= (largest_rank or 16)
-    assert max_bytes is None or 2 * ranks.slice_bytes(plan, view.rank) <= max_bytes
+    assert max_bytes is None or 2 * sizes.start_bytes(plan, view.rank) <= max_bytes
     assert view.reason.startswith(f"{view.rank}: ")
     assert set(view.limits.values()) <= {None, *ladder}
 
@@ -118,7 +118,7 @@ def test_an_owner_who_allows_fewer_steps_than_the_plan_takes_is_left_out_and_tol
 def test_a_slice_is_about_as_long_as_estimated_and_never_longer() -> None:
     factors = {m: Factors(b=torch.zeros(64, 8), a=torch.zeros(8, 64)) for m in LAYOUT.modules}
     real = len(pack(Slice(Label(rank=8, scale=1.0, round=3), factors), LAYOUT, Dtype.float32))
-    assert real <= ranks.slice_bytes(make_plan(), 8) <= real + 400
+    assert real <= sizes.start_bytes(make_plan(), 8) <= real + 400
 
 
 def test_the_policy_of_the_docs_works_as_an_entry_point_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

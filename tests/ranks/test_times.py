@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import ranks
+from coordinator import ranks, sizes
 from tests.ranks.small import make_candidate, make_measured, make_plan
 
 PLAN = make_plan("fixed")  # ten steps of 8 · 16 tokens for eighty rows, in a job of 100 s
@@ -28,7 +28,7 @@ def test_a_measured_step_replaces_the_declared_speed_and_is_scaled_to_the_rank()
 
 
 def test_the_link_takes_a_slice_down_and_one_up_where_its_speeds_are_known() -> None:
-    bytes = ranks.slice_bytes(PLAN, 8)
+    bytes = sizes.start_bytes(PLAN, 8)
     assert ranks.link_seconds(PLAN, make_candidate(link=1000), 8) == pytest.approx(2 * bytes / 1000)
     assert ranks.link_seconds(PLAN, make_candidate(), 8) == 0
     half = make_candidate(measured=make_measured(2, upload_bytes=500, upload_seconds=1.0))
@@ -53,7 +53,7 @@ def test_steps_of_two_seconds_within_four_fifths_of_the_time(seconds: float, ste
 
 
 def test_what_the_link_takes_is_not_left_for_steps() -> None:
-    bytes = ranks.slice_bytes(PLAN, 4)
+    bytes = sizes.start_bytes(PLAN, 4)
     usage = {"download_bytes": bytes, "download_seconds": 3.0, "upload_bytes": bytes, "upload_seconds": 5.0}
     candidate = make_candidate(measured=make_measured(4, step_seconds=2.0, **usage))
     assert ranks.steps_within(PLAN, candidate, 4, 25) == 6  # (0.8 · 25 − 8) / 2

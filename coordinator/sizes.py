@@ -1,0 +1,55 @@
+"""What a client of a rank is handed, trains and sends back under a plan's strategy: in directions, numbers and bytes."""
+
+from __future__ import annotations
+
+from coordinator import aggregation
+from coordinator.aggregation import Strategy
+from protocol import errors
+from protocol.plan import Dtype, Layout, Plan, Sides
+from protocol.slices import body_length
+
+ENTRY_BYTES = 128  # of one tensor in a slice's header, beside its name
+
+
+def layout(plan: Plan) -> Layout:
+    """The plan's layout. Raises InvalidPlan if the plan was never resolved."""
+    if plan.layout is None:
+        raise errors.InvalidPlan(f"plan {plan.name!r} has no layout; resolve it first")
+    return plan.layout
+
+
+def strategy(plan: Plan) -> type[Strategy]:
+    """What decides how much a rank takes: the plan's strategy. Raises InvalidPlan if it is not there."""
+    return aggregation.load(plan.strategy.name)
+
+
+def held(plan: Plan, rank: int) -> int:
+    """The directions that a client of that rank starts from; it trains `rank` of them."""
+    return strategy(plan).portion.held(rank, plan.global_rank)
+
+
+def held_numbers(plan: Plan, rank: int) -> int:
+    """The numbers of what a client of that rank starts from."""
+    return layout(plan).numbers(held(plan, rank))
+
+
+def trained_numbers(plan: Plan, rank: int) -> int:
+    """The numbers that a client of that rank trains and sends back."""
+    return layout(plan).numbers(rank, strategy(plan).sides)
+
+
+def start_bytes(plan: Plan, rank: int) -> int:
+    """About how long the file is that a client of that rank starts from, rather too long than too short."""
+    return _file_bytes(plan, held(plan, rank), plan.wire, Sides.both)
+
+
+def upload_bytes(plan: Plan, rank: int) -> int:
+    """About how long the file of a trained slice is, rather too long than too short."""
+    return _file_bytes(plan, rank, plan.upload, strategy(plan).sides)
+
+
+def _file_bytes(plan: Plan, rank: int, dtype: Dtype, sides: Sides) -> int:
+    """Computed from counts and not from a header that is written out: a large fleet asks for it many times a round."""
+    shapes, entries = layout(plan), 2 if dtype is Dtype.int8 else 1  # a tensor and its scales
+    header = sum(2 * (len(name) + ENTRY_BYTES) for name in shapes.modules) + sum(len(name) + ENTRY_BYTES for name in shapes.full)
+    return body_length(shapes, rank, dtype, sides) + entries * header
