@@ -116,6 +116,14 @@ async def test_a_buffered_plan_ends_and_publishes_the_same_bytes_again(model: Pa
     assert len(set(first)) == 5
 
 
+async def test_what_travels_as_int8_publishes_the_same_bytes_again(model: Path, fleet: Path, tmp_path: Path) -> None:
+    plan = _plan(model, strategy={"name": "rotating"}, uploads="int8", rounds=1, evaluation={"every": 0})
+    first = await _digests(plan, fleet, tmp_path / "first")
+
+    assert first == await _digests(plan, fleet, tmp_path / "again")
+    assert len(set(first)) == 2
+
+
 async def test_the_bytes_do_not_depend_on_where_modules_are_merged(model: Path, fleet: Path, tmp_path: Path) -> None:
     threads = await _digests(_plan(model, rounds=1), fleet, tmp_path / "threads", "threads://3")
     processes = await _digests(_plan(model, rounds=1), fleet, tmp_path / "processes", "processes://2")
