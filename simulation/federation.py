@@ -30,8 +30,8 @@ from protocol.views import EnrolmentMade, EnrolmentRequest, RoundView, RunDetail
 from simulation.device import Device
 
 URL = "http://localhost"  # only a name: no packet leaves the process
-SWEEP = timedelta(seconds=1)  # simulated time of one sweep
-EVERYBODY = 100  # sweeps after which every agent asks: a coordinator gives no work to whom it has not seen lately
+TURN = timedelta(seconds=1)  # simulated time of one turn
+EVERYBODY = 100  # turns after which every agent asks: a coordinator gives no work to whom it has not seen lately
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Federation:
     time: Time
     operator: httpx.AsyncClient
     loops: Mapping[str, Loop] = field(default_factory=dict)  # client id → its agent, in the order of their names
-    sweeps: int = 0
-    called: set[str] = field(default_factory=set)  # clients for whom the bell has rung since the last sweep
+    turns: int = 0
+    called: set[str] = field(default_factory=set)  # clients for whom the bell has rung since they were asked last
 
     def __post_init__(self) -> None:
         self.context.bell.pass_on(self.called.update)
@@ -65,29 +65,33 @@ class Federation:
         """Make the run of a resolved plan; gives its id."""
         return RunDetail.model_validate_json(await self._call("POST", "/v1/runs", plan.model_dump_json())).id
 
-    async def sweep(self) -> None:
-        """One look of the conductor, then one question for work of every agent that was called, in the order of their names.
+    def turn(self) -> None:
+        """A second passes, and the conductor does all that is due."""
+        self.time.pass_by(TURN)
+        while self.context.conductor.tick():
+            pass
+
+    async def ask(self) -> None:
+        """One question for work of every agent that was called, in the order of their names.
 
         Where nobody was called, and now and then anyway, everybody asks.
         """
-        self.time.pass_by(SWEEP)
-        while self.context.conductor.tick():
-            pass
-        asking = self.called.copy() if self.sweeps % EVERYBODY else set(self.loops)
+        self.turns += 1
+        asking = self.called.copy() if self.turns % EVERYBODY else set(self.loops)
         self.called.clear()
         for client in [client for client in self.loops if client in asking] or self.loops:
             await self.loops[client].step()
-        self.sweeps += 1
 
     async def run(self, plan: Plan) -> AsyncIterator[RunDetail]:
-        """Carry a plan out; gives the run after every sweep, until it is over."""
+        """Carry a plan out; gives the run after every turn of the conductor, until it is over."""
         id = await self.start(plan)
         while True:
-            await self.sweep()
+            self.turn()
             detail = await self.look(id)
             yield detail
             if detail.state is not RunState.running:
                 return
+            await self.ask()
 
     async def look(self, id: str) -> RunDetail:
         """Where a run stands."""
