@@ -5,6 +5,8 @@ from __future__ import annotations
 from coordinator.aggregation import Changes, ModuleRound, Portion
 from coordinator.contributions import additions
 from coordinator.sums import Term
+from protocol import errors
+from protocol.plan import LARGEST_RANK, Plan
 
 
 class FLoRA(Changes):
@@ -22,6 +24,11 @@ class FLoRA(Changes):
     portion = Portion.on_top
     equation = "W ← W + Σ p s b a"
     source = "arXiv:2409.05976"
+
+    def check(self, plan: Plan) -> None:
+        """What clients start from is a slice too, and no slice has more directions than LARGEST_RANK."""
+        if (most := plan.global_rank + plan.ranks.ladder[-1]) > LARGEST_RANK:
+            raise errors.InvalidPlan(f"strategy flora hands out {most} directions, fresh ones among them; at most {LARGEST_RANK} may be")
 
     def changes(self, round: ModuleRound) -> list[Term]:
         """η Σ w γ s b a."""

@@ -8,6 +8,7 @@ import torch
 from coordinator import aggregation
 from coordinator.blobs import Blobs
 from coordinator.merge import first_adapter
+from protocol import errors
 from protocol.plan import Choice, Dtype, Layout, Plan, Scaling, Split
 from protocol.slices import TORCH_DTYPES, Slice, read_header
 from tests.merging.rounds import merge, read_digest, second_round
@@ -128,6 +129,14 @@ def test_rotating_clients_train_other_directions_every_round_and_each_its_own(bl
 
 def test_a_cap_without_room_for_what_the_average_misses_is_refused() -> None:
     strategy = aggregation.check(Choice(name="fedex"))
-    with pytest.raises(Exception, match=r"the cap is 4: set one above 4"):
+    with pytest.raises(errors.InvalidPlan, match=r"the cap is 4: set one above 4"):
         strategy.check(make_plan("fedex", cap=4))
     strategy.check(make_plan("fedex", cap=5))
+
+
+def test_more_directions_than_any_slice_may_have_are_refused() -> None:
+    wide = Layout(modules={"block.wide": (4096, 5000)}, base=LAYOUT.base)
+    strategy = aggregation.check(Choice(name="flora"))
+    strategy.check(make_plan("flora", cap=4092, layout=wide))
+    with pytest.raises(errors.InvalidPlan, match=r"hands out 4097 directions.*at most 4096"):
+        strategy.check(make_plan("flora", cap=4093, layout=wide))
