@@ -1,28 +1,28 @@
 """Published adapters as PEFT folders: configuration, tensors under PEFT's names, and a model card.
 
 The canonical form is exported: one rank r for all modules, or one for each where a share of the energy is asked for, and
-alpha = r, so that the scale is 1 and every loader agrees on it. The cut to a rank is the first r columns of b and rows of a,
-because the global adapter's directions are in falling order, or are put in it where a strategy keeps other factors; where it has
-fewer than r, zeros follow, which change nothing. So a folder of one rank computes what a device computes with the slice of that rank.
+alpha = r, so that the scale is 1 and every loader agrees on it. The cut to a rank is the best one: the first r columns of b and
+rows of a, where the global adapter's directions are in falling order, and they are put in it where its strategy keeps other
+factors. In the first case a folder of one rank computes what a device computes with the slice of that rank.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import safetensors.torch
 from torch import Tensor
 
 from coordinator import aggregation
-from coordinator.lowrank import pad, truncate
-from coordinator.sums import Sum, Term
+from coordinator.readout import ReadOut, Wanted, read_out, singular
 from protocol import errors, slices
 from protocol.plan import CausalLM, Layout, Plan, SequenceClassification
-from protocol.slices import Factors, Slice
+from protocol.slices import Factors
 
 PREFIX = "base_model.model."  # what PEFT puts before every name of the base model
 OLDEST = (1980, 1, 1, 0, 0, 0)  # the first moment that a zip archive can name
@@ -37,10 +37,9 @@ class Facts:
     metrics: Mapping[str, float]  # of the published adapter, weighted means over clients
 
 
-def files(plan: Plan, facts: Facts, adapter: bytes, rank: int, kept: float | None = None) -> dict[str, bytes]:
-    """The PEFT folder of a global adapter (a slice file of scale 1) at a rank: file name → bytes, the same for the same input.
+def files(plan: Plan, facts: Facts, adapter: bytes, wanted: Wanted) -> dict[str, bytes]:
+    """The PEFT folder of a global adapter (a slice file of scale 1), read out: file name → bytes, the same for the same input.
 
-    With `kept`, each module has the smallest rank up to `rank` that holds this share of its ‖b a‖²_F.
     Raises InvalidPlan if the plan was never resolved, MismatchedSlice if the bytes are not the plan's adapter.
     """
     if plan.layout is None:
@@ -50,32 +49,18 @@ def files(plan: Plan, facts: Facts, adapter: bytes, rank: int, kept: float | Non
         raise errors.MismatchedSlice(
             f"these bytes are not the global adapter of plan {plan.name!r}: other tensors, or a scale that is not 1"
         )
-    whole = _falling(plan, whole)
-    ranks = {module: rank if kept is None else min(rank, _smallest(factors, kept)) for module, factors in whole.factors.items()}
+    found = read_out(whole.factors if _is_singular(plan) else singular(whole.factors), wanted)
+    numbers = safetensors.torch.save(tensors(found.factors, whole.full), metadata={"format": "pt"})
     return {
-        "README.md": card(plan, facts, max(ranks.values())).encode(),
-        "adapter_config.json": (json.dumps(config(plan, plan.layout, ranks), indent=2, sort_keys=True) + "\n").encode(),
-        "adapter_model.safetensors": safetensors.torch.save(tensors(whole, ranks), metadata={"format": "pt"}),
+        "README.md": card(plan, facts, found, len(numbers)).encode(),
+        "adapter_config.json": (json.dumps(config(plan, plan.layout, found.ranks), indent=2, sort_keys=True) + "\n").encode(),
+        "adapter_model.safetensors": numbers,
     }
 
 
-def _falling(plan: Plan, whole: Slice) -> Slice:
-    """The adapter in singular form; also where nobody can say any more in which form its strategy keeps it."""
-    if plan.strategy.name in aggregation.names() and aggregation.load(plan.strategy.name).singular:
-        return whole
-    return replace(whole, factors={module: _decomposed(factors) for module, factors in whole.factors.items()})
-
-
-def _decomposed(factors: Factors) -> Factors:
-    w = Sum((len(factors.b), factors.a.shape[1]), [Term(factors, 1.0)])
-    return truncate(w, factors.rank).padded(factors.rank)
-
-
-def _smallest(factors: Factors, kept: float) -> int:
-    """The smallest rank that holds this share of ‖b a‖²_F, at least 1: with b = U√S and a = √S Vᵀ, sᵢ = ‖bᵢ‖ ‖aᵢ‖."""
-    energies = factors.b.double().square().sum(dim=0) * factors.a.double().square().sum(dim=1)
-    held = energies.cumsum(dim=0)
-    return 1 + int((held[:-1] < kept * held[-1]).sum())
+def _is_singular(plan: Plan) -> bool:
+    """Whether the adapter is known to be in singular form; it is not where nobody can say any more how its strategy keeps it."""
+    return plan.strategy.name in aggregation.names() and aggregation.load(plan.strategy.name).singular
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
@@ -90,15 +75,13 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def tensors(whole: Slice, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+def tensors(factors: Mapping[str, Factors], full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a PEFT file: lora_A (rank, n_in) and lora_B (n_out, rank) of each module, and the fully trained ones."""
     named: dict[str, Tensor] = {}
-    for module, factors in whole.factors.items():
-        rank = ranks[module]
-        part = pad(Factors(b=factors.b[:, :rank].contiguous(), a=factors.a[:rank].contiguous()), rank)
-        named[f"{PREFIX}{module}.lora_A.weight"] = part.a
-        named[f"{PREFIX}{module}.lora_B.weight"] = part.b
-    return named | {PREFIX + name: tensor for name, tensor in whole.full.items()}
+    for module, pair in factors.items():
+        named[f"{PREFIX}{module}.lora_A.weight"] = pair.a
+        named[f"{PREFIX}{module}.lora_B.weight"] = pair.b
+    return named | {PREFIX + name: tensor for name, tensor in full.items()}
 
 
 def config(plan: Plan, layout: Layout, ranks: Mapping[str, int]) -> dict[str, object]:
@@ -149,7 +132,7 @@ def _prefixes(name: str) -> list[str]:
 # --- the model card ----------------------------------------------------------------------------------------------------
 
 
-def card(plan: Plan, facts: Facts, rank: int) -> str:
+def card(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
     """README.md: front matter for model hubs, what the adapter is, how to load it, and how it was made."""
     revision = f" at revision `{plan.model.revision}`" if plan.model.revision else ""
     return f"""---
@@ -163,7 +146,7 @@ tags:
 - hlora
 ---
 
-# {facts.run}, round {facts.round}, rank {rank}
+# {facts.run}, round {facts.round}, {_spread(found)}
 
 A LoRA adapter for `{plan.model.id}`{revision}, fine-tuned by a federation:
 the training rows stayed on the clients' own machines, and each machine trained the rank that it could afford.
@@ -176,11 +159,22 @@ the training rows stayed on the clients' own machines, and each machine trained 
 
 ## How it was made
 
-{_origin(plan, facts, rank)}
+{_origin(plan, facts, found, size)}
 {_measured(facts)}"""
 
 
-def _origin(plan: Plan, facts: Facts, rank: int) -> str:
+def _spread(found: ReadOut) -> str:
+    smallest, largest = min(found.ranks.values()), max(found.ranks.values())
+    return f"rank {largest}" if smallest == largest else f"ranks {smallest} to {largest}"
+
+
+def _mean(found: ReadOut) -> str:
+    ranks = found.ranks.values()
+    mean = "" if len(set(ranks)) == 1 else f", {math.fsum(ranks) / len(ranks):.4g} on average"
+    return f"{_spread(found)}{mean}, over {len(ranks)} modules"
+
+
+def _origin(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
     return f"""| | |
 |---|---|
 | run | {facts.run} |
@@ -188,7 +182,9 @@ def _origin(plan: Plan, facts: Facts, rank: int) -> str:
 | task | {plan.task.kind} |
 | clients' ranks | {", ".join(map(str, plan.ranks.ladder))}, given by the policy `{plan.ranks.name}` |
 | strategy | `{plan.strategy.name}` |
-| rank of the global adapter | {plan.global_rank}; this folder holds its {min(rank, plan.global_rank)} leading directions |
+| rank of the global adapter | {plan.global_rank} |
+| this folder | {_mean(found)}; {size:,} bytes of numbers |
+| left out of the global adapter | {f"{100 * found.left_out:.3g} % of its energy ‖ΔW‖²" if found.left_out else "nothing"} |
 | base model's fingerprint | `{plan.model.fingerprint}` |
 | plan | `{plan.digest()}` |"""
 

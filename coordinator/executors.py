@@ -39,7 +39,7 @@ def open_executor(url: str) -> Executor:
 
 
 def _threads(workers: int) -> Executor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=_one_thread)
+    return ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=one_thread)
 
 
 def _cluster(address: str) -> Executor:
@@ -50,7 +50,8 @@ def _cluster(address: str) -> Executor:
     return Cluster(address)
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """Let torch compute with this thread alone, so that what it computes repeats bit for bit on every machine."""
     torch.set_num_threads(1)
 
 

@@ -9,8 +9,10 @@ from sqlalchemy import select
 
 from coordinator import adapters, aggregation, paging, published, ranks, reports, runs
 from coordinator.context import Context
+from coordinator.executors import one_thread
 from coordinator.jobs import plan_of
 from coordinator.problems import binary, documented
+from coordinator.readout import Wanted
 from coordinator.routes.requests import ADMINS, COMMON, READERS, Cursor, Id, Limit, Number, Parts
 from coordinator.tables import Run
 from protocol import errors
@@ -109,6 +111,7 @@ AtShare = Annotated[
     float | None,
     Query(gt=0, le=1, description="for each module the smallest rank that holds this share of its energy; by default one rank for all"),
 ]
+Uniform = Annotated[bool, Query(description="with `kept`: one rank for all modules, the smallest that holds the share of all their energy")]
 
 
 @reading.get(
@@ -122,9 +125,11 @@ AtShare = Annotated[
         **documented(*COMMON, errors.NotFound),
     },
 )
-def get_adapter(run: Id, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None) -> Response:
-    """A published adapter as a complete PEFT folder, cut to a rank, or for each module to a share of its energy."""
-    files = _adapter(parts, run, round, rank, kept)
+def get_adapter(
+    run: Id, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None, uniform: Uniform = False
+) -> Response:
+    """A published adapter as a complete PEFT folder, cut to a rank, or to a share of its energy: each module's or all modules'."""
+    files = _adapter(parts, run, round, rank, kept, uniform)
     return Response(
         adapters.archive(files), media_type="application/zip", headers={"Content-Disposition": 'attachment; filename="adapter.zip"'}
     )
@@ -138,15 +143,21 @@ def get_adapter(run: Id, parts: Parts, round: AtRound = None, rank: AtRank = Non
         **documented(*COMMON, errors.NotFound),
     },
 )
-def get_adapter_file(run: Id, file: str, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None) -> Response:
+def get_adapter_file(
+    run: Id, file: str, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None, uniform: Uniform = False
+) -> Response:
     """One file of the PEFT folder."""
-    files = _adapter(parts, run, round, rank, kept)
+    files = _adapter(parts, run, round, rank, kept, uniform)
     if file not in files:
         raise errors.NotFound(f"the adapter's folder has no such file; it has {', '.join(sorted(files))}")
     return Response(files[file], media_type="application/octet-stream")
 
 
-def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None, kept: float | None) -> dict[str, bytes]:
+def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None, kept: float | None, uniform: bool) -> dict[str, bytes]:
+    if uniform and kept is None:
+        raise errors.InvalidRequest(
+            "uniform says how `kept` is meant, the share of the energy; without it all modules have one rank anyway"
+        )
     with parts.database.read() as session:
         run = runs.get(session, run_id)
         row = published.round_of(session, run.id, number)
@@ -157,7 +168,8 @@ def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None, 
             raise errors.NotFound(f"the adapter has rank {plan.global_rank}; rank {rank} is more")
         facts = adapters.Facts(run=run.name, round=row.number, metrics=reports.round_view(session, run, row.number, row.attempt).metrics)
         digest = row.adapter
-    return adapters.files(plan, facts, parts.blobs.read(digest), rank or plan.global_rank, kept)
+    one_thread()
+    return adapters.files(plan, facts, parts.blobs.read(digest), Wanted(rank or plan.global_rank, kept, uniform))
 
 
 @reading.get("/strategies", responses=documented(*COMMON))

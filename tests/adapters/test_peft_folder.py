@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from coordinator import adapters
 from coordinator.adapters import Facts
 from coordinator.lowrank import cut
+from coordinator.readout import ReadOut, Wanted
 from modelling.layout import resolve
 from protocol import errors
 from protocol.course import Cohort
@@ -85,7 +86,7 @@ def make_adapter(plan: Plan, directions: int = CAP) -> Slice:
 
 def make_files(plan: Plan, rank: int, directions: int = CAP) -> dict[str, bytes]:
     layout = layout_of(plan)
-    return adapters.files(plan, FACTS, pack(make_adapter(plan, directions), layout, Dtype.float32), rank)
+    return adapters.files(plan, FACTS, pack(make_adapter(plan, directions), layout, Dtype.float32), Wanted(rank))
 
 
 def base_of(plan: Plan) -> PreTrainedModel:
@@ -137,7 +138,7 @@ def test_each_module_has_the_smallest_rank_that_holds_the_share_asked_for(plan: 
     whole, layout = make_adapter(plan), layout_of(plan)
     first = next(iter(layout.modules))
     whole.factors[first].b[:, 1:] *= 1e-3  # one module of nearly one direction
-    files = adapters.files(plan, FACTS, pack(whole, layout, Dtype.float32), CAP, kept)
+    files = adapters.files(plan, FACTS, pack(whole, layout, Dtype.float32), Wanted(CAP, kept))
     model = loaded(plan, files, tmp_path)
     ranks = {}
     for name, factors in whole.factors.items():
@@ -243,7 +244,8 @@ def test_the_model_cards_code_loads_the_adapter(plan: Plan, tmp_path: Path, monk
 
 def test_the_model_card_knows_models_that_a_package_carries_and_revisions(classifier: Plan) -> None:
     carried = classifier.model_copy(update={"model": Model(id="package:tiny_words", revision="v1")})
-    text = adapters.card(carried, Facts("letters", 0, {}), 4)
+    one = ReadOut({"query": Factors(b=torch.zeros(3, 4), a=torch.zeros(4, 3))}, 0.0)
+    text = adapters.card(carried, Facts("letters", 0, {}), one, 96)
     assert "import tiny_words\n" in text
     assert 'from_pretrained(tiny_words.get_model_path(), revision="v1", id2label=' in text
     assert "Measured by" not in text
@@ -260,13 +262,13 @@ def test_the_same_adapter_gives_the_same_archive(plan: Plan) -> None:
 def test_bytes_that_are_not_the_plans_adapter_are_refused(classifier: Plan, writer: Plan) -> None:
     other = pack(make_adapter(writer), layout_of(writer), Dtype.float32)
     with pytest.raises(errors.MismatchedSlice, match="not the global adapter"):
-        adapters.files(classifier, FACTS, other, 4)
+        adapters.files(classifier, FACTS, other, Wanted(4))
     scaled = make_adapter(classifier)
     scaled = Slice(Label(rank=CAP, scale=2.0, round=7), scaled.factors, scaled.full)
     with pytest.raises(errors.MismatchedSlice, match="a scale that is not 1"):
-        adapters.files(classifier, FACTS, pack(scaled, layout_of(classifier), Dtype.float32), 4)
+        adapters.files(classifier, FACTS, pack(scaled, layout_of(classifier), Dtype.float32), Wanted(4))
 
 
 def test_a_plan_that_was_never_resolved_has_no_adapter(classifier: Plan) -> None:
     with pytest.raises(errors.InvalidPlan, match="never resolved"):
-        adapters.files(classifier.model_copy(update={"layout": None}), FACTS, b"", 4)
+        adapters.files(classifier.model_copy(update={"layout": None}), FACTS, b"", Wanted(4))

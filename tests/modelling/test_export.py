@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from coordinator.adapters import Facts, files
+from coordinator.readout import Wanted
 from modelling import adapters, base
 from modelling.export import load_adapter, merge_into_base
 from modelling.layout import resolve
@@ -25,7 +26,7 @@ def pulled(plan: Plan, slice: Slice, out: Path) -> Path:
     """The PEFT folder that the coordinator makes of a global adapter."""
     assert plan.layout is not None
     whole = slices.pack(slice, plan.layout, Dtype.float32)
-    for name, data in files(plan, Facts(run="tiny", round=1, metrics={}), whole, slice.label.rank).items():
+    for name, data in files(plan, Facts(run="tiny", round=1, metrics={}), whole, Wanted(slice.label.rank)).items():
         out.mkdir(exist_ok=True)
         (out / name).write_bytes(data)
     return out
