@@ -111,8 +111,8 @@ class _Course:
         )
 
     def _ranks(self, number: int) -> list[int]:
-        """The ranks at which a round is measured."""
-        if number in (0, self._plan.rounds) or number % self._measures.rungs_every == 0:
+        """The ranks at which a round is measured; before the first round they are all one."""
+        if number == self._plan.rounds or (number and number % self._measures.rungs_every == 0):
             rungs = {*self._setup.experiment.ranks, *self._plan.ranks.ladder, self._plan.global_rank}
             return sorted(rank for rank in rungs if rank <= self._plan.global_rank)
         return [] if number % self._measures.every else [self._plan.ranks.ladder[-1]]

@@ -76,9 +76,9 @@ def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Ma
     for line in ordered:
         _plot(axes, line, value(line), looks[line.name])
     firsts = [line.curve(run)[0][1] for line in found for run in line.runs.values()]
-    others = [y for line in found for run in line.runs.values() for _, y in line.curve(run)[1:]] or firsts
-    low, high = min(others), max(others)
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)  # the untrained adapter may be far off
+    later = [y for line in found for run in line.runs.values() for x, y in line.curve(run) if x > run.rounds[-1].round // 10] or firsts
+    low, high = min(later), max(later)
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)  # the first rounds may be far off
     _finished(axes)
 
 

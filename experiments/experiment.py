@@ -77,7 +77,7 @@ class Measures(Strict):
 
     metric: Literal["loss", "accuracy", "f1"] = "loss"
     every: int = Field(default=1, ge=1, description="rounds between measures at the largest rank")
-    rungs_every: int = Field(default=5, ge=1, description="rounds between measures at all ranks; the first and last always are")
+    rungs_every: int = Field(default=5, ge=1, description="rounds between measures at all ranks; the last always is one")
     batch_size: int = Field(default=32, ge=1)
 
 

@@ -89,14 +89,15 @@ def _protocol(experiment: Experiment) -> str:
     mix = (
         f" ({partition.kind}, α = {partition.alpha:g}, over {partition.over})" if partition.kind == "dirichlet" else f" ({partition.kind})"
     )
-    parts = ", ".join(f"{kind.parts} of {kind.name} (rank {kind.rank})" for kind in experiment.classes)
+    parts = " : ".join(str(kind.parts) for kind in experiment.classes)
+    classes = ", ".join(f"{kind.name} (rank {kind.rank})" for kind in experiment.classes)
     held_out = ", ".join(f"{source.held_out_rows or 'all'} rows of {source.name}" for source in experiment.sources)
     weather = experiment.disturbances
     trouble = f" A client drops out of a job with probability {weather.dropout:g}." if weather.dropout else ""
     slow = f" Steps take longer by a log-normal factor with σ = {weather.slowness:g}." if weather.slowness else ""
     return (
-        f"Model `{experiment.model}`, task {experiment.task.kind}. {partition.clients} clients, {rows}{mix}; classes of devices in the "
-        f"proportions {parts}. {target} clients a round, {experiment.plan.get('rounds')} rounds.{trouble}{slow} After every "
+        f"Model `{experiment.model}`, task {experiment.task.kind}. {partition.clients} clients, {rows}{mix}; classes of devices {parts}: "
+        f"{classes}. {target} clients a round, {experiment.plan.get('rounds')} rounds.{trouble}{slow} After every "
         f"{_nth(measures.every)} round the global adapter is read out and measured on rows that nobody trains on ({held_out}), by the code "
         f"that agents measure with. The plan, as far as contestants share it: `{_settings(experiment.plan)}`."
     )

@@ -33,7 +33,8 @@ class Table:
 def tables(experiment: Experiment, runs: Sequence[Finished]) -> list[Table]:
     """All tables. There is at least one run."""
     found = lines(experiment, runs)
-    return [_final(experiment, found), _speed(experiment, found), _rungs(experiment, found), _classes(experiment, found), _costs(found)]
+    made = [_final(experiment, found), _speed(experiment, found), _rungs(experiment, found), _classes(experiment, found), _costs(found)]
+    return [table for table in made if len(table.columns) > 1]  # no target has run yet, perhaps
 
 
 def _final(experiment: Experiment, found: Sequence[Line]) -> Table:

@@ -1,0 +1,22 @@
+"""The published page says what the stored results say, and nothing of the machine that they were made on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.page import PAGE, STORED, page
+from experiments.report import opened
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_page_is_what_the_stored_results_say() -> None:
+    assert (DOCS / PAGE).read_text("utf-8") == page(DOCS), "run python -m experiments publish"
+
+
+def test_stored_runs_were_made_by_the_settings_that_are_stored_beside_them() -> None:
+    for folder in (DOCS / STORED).iterdir():
+        experiment, runs = opened(folder)
+        for run in runs:
+            contestant = experiment.contestant(run.header.contestant)
+            assert run.header.settings == experiment.digest(contestant), f"{folder.name}: {contestant.name}"
