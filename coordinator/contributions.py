@@ -29,6 +29,18 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Leading:
+    """The first directions of a pair of factors, which may lie in a file."""
+
+    whole: Factors | Stored
+    rank: int
+
+    def load(self) -> Factors:
+        found = self.whole if isinstance(self.whole, Factors) else self.whole.load()
+        return Factors(b=found.b[:, : self.rank], a=found.a[: self.rank])
+
+
+@dataclass(frozen=True)
 class Contribution:
     """One accepted slice's factors of one module, and what they started from.
 
@@ -113,12 +125,17 @@ def products(round: ModuleRound, weights: Weights) -> list[Term]:
 def changes(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Term]:
     """Step · Σ w γ (s b a − s₀ b₀ a₀); those who were given the same file share one term for it."""
     pairs = _counted(round, weights, step)
-    given: dict[str, Given] = {c.given.digest: c.given for c, _ in pairs}
-    started = [
-        Term(file.factors, -file.scale * torch.stack([_spread(c, w) for c, w in pairs if c.given.digest == digest]).sum(dim=0))
-        for digest, file in given.items()
-    ]
-    return [Term(c.factors, w * c.scale) for c, w in pairs] + started
+    files: dict[str, list[tuple[Contribution, Tensor]]] = {}
+    for c, w in pairs:
+        files.setdefault(c.given.digest, []).append((c, w))
+    return [Term(c.factors, w * c.scale) for c, w in pairs] + [_started(users) for users in files.values()]
+
+
+def _started(users: Sequence[tuple[Contribution, Tensor]]) -> Term:
+    """− Σ w s₀ b₀ a₀ of those who were given the same file, up to its last direction that anybody trained."""
+    file, last = users[0][0].given, 1 + max(int(c.positions.max()) for c, _ in users)
+    weights = torch.stack([_spread(c, w) for c, w in users]).sum(dim=0)[:last]
+    return Term(file.factors if last == file.factors.rank else Leading(file.factors, last), -file.scale * weights)
 
 
 def additions(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Term]:

@@ -131,7 +131,6 @@ def openapi() -> str:
 def strategies() -> str:
     """What every strategy says of itself."""
     kinds = {name: aggregation.load(name) for name in aggregation.names()}
-    claims = {n: [_yes(k.exact), _yes(k.linear), _yes(k.gauge_free), "one" if k.equal_ranks else "any", k.cost] for n, k in kinds.items()}
     return f"""{WRITTEN}
 # Strategies
 
@@ -140,19 +139,35 @@ its class. To add one, see [writing a strategy](writing-a-strategy.md).
 
 *Exact*: the sum is a weighted mean of what the clients made, without cross terms between clients. *Linear*: the sum is linear in
 the products that clients send, so that it could be formed without anybody seeing a single one. *Gauge-free*: a client that sends
-other factors of the same product changes nothing. *Ranks*: whether clients may differ. *Cost*: multiplications to merge one
-module, with D = n_out + n_in, R the ranks of all contributions added up, r the largest; where R reaches the smaller side n of the
-matrix, n_out n_in R + n³ instead.
+other factors of the same product changes nothing. *Ranks*: whether clients may differ. *Down*, *up*: numbers per module that
+travel to a client of rank r and back, with D = n_out + n_in and R_g the plan's cap, in the plan's types of number. *Cost*:
+multiplications to merge one module, with R the ranks of all contributions added up, r the largest; where R reaches the smaller
+side n of the matrix, n_out n_in R + n³ instead. Claims are those of the default options.
 
-Under every strategy a client of rank r receives the leading r directions of the adapter and sends as many back: r D numbers per
-module each way, of 4 bytes, or 2 where the plan's wire is a half precision.
+| strategy | exact | linear | gauge-free | ranks | down | up | cost | source |
+|---|---|---|---|---|---|---|---|---|
+{_lines(_claims(n, k) for n, k in kinds.items())}
 
-| strategy | exact | linear | gauge-free | ranks | cost | source |
-|---|---|---|---|---|---|---|
-{_lines(f"| `{n}` | {' | '.join(claims[n])} | {k.source} |" for n, k in kinds.items())}
+A client of rank r trains r directions and sends these back. What it starts from, and which of it is trained, is the first of a
+strategy's choices:
 
-In formulas: W is the adapter, p the clients' shares of the weight, s their scales, b and a their factors, b₀ a₀ the slice that
-each was given, qᵢ the share of those whose rank reaches direction i.
+| down | what a client starts from | what it trains |
+|---|---|---|
+| r D | the adapter's first r directions | all of them |
+| R_g D | all of the adapter | the first r, or r that are drawn for it anew in every round; the others stay frozen |
+| (R_g + r) D | all of the adapter, and r fresh directions on top | the fresh ones; the adapter stays frozen |
+
+With one scale for all ranks, which is the default, those who start from all of the adapter share one file. What a strategy keeps
+is the sum's best approximation at the cap, in singular form, or factors that go on being trained as they are: the clients' own
+averages (`fedavg`, `hetlora`, `zero_pad`), averages and what they miss (`fedex`), b beside an a that never changes (`ffa`).
+Whatever is kept, slices for evaluation and adapters that are fetched are cut from its best approximation.
+
+In formulas: W is the adapter, p the clients' shares of the weight, s their scales, b and a their factors, b₀ a₀ the directions
+that each was given to train, qᵢ the share of those who trained direction i.
+
+Those that add changes share these options; what another default makes of one of them stands with the strategy.
+
+{_lines(_told(name, field) for name, field in aggregation.Changes.model_fields.items())}
 
 {_lines(f"- `{n}`: {k.equation}. {(k.__doc__ or '').splitlines()[0]}{_options(k)}" for n, k in kinds.items())}
 
@@ -161,13 +176,24 @@ every module how much of the sum's energy each rank holds, and how much more the
 """
 
 
+def _claims(name: str, kind: type[aggregation.Strategy]) -> str:
+    ranks, travels = "one" if kind.equal_ranks else "any", f"{aggregation.DOWN[kind.portion]} | {aggregation.UP[kind.sides]}"
+    claims = " | ".join([_yes(kind.exact), _yes(kind.linear), _yes(kind.gauge_free), ranks])
+    return f"| `{name}` | {claims} | {travels} | {kind.cost} | {kind.source} |"
+
+
 def _yes(claim: bool) -> str:
     return "yes" if claim else "no"
 
 
 def _options(kind: type[aggregation.Strategy]) -> str:
-    told = (f"`{name}` ({field.default}): {field.description}" for name, field in kind.model_fields.items())
-    return "".join(f"\n  - {option}" for option in told)
+    shared = aggregation.Changes.model_fields
+    own = {n: field for n, field in kind.model_fields.items() if n not in shared or field.default != shared[n].default}
+    return "".join(f"\n  {_told(name, field)}" for name, field in own.items())
+
+
+def _told(name: str, field: FieldInfo) -> str:
+    return f"- `{name}` ({field.default}): {field.description}"
 
 
 def decisions() -> str:

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import ClassVar, TypeGuard
 
@@ -42,6 +43,14 @@ __all__ = [
 ]
 
 GROUP = "hlora.strategies"
+# Numbers per module that a client of rank r is handed and sends back, R_g being the plan's cap and D = n_out + n_in.
+DOWN: Mapping[Portion, str] = {
+    Portion.leading: "r D",
+    Portion.whole: "R_g D",
+    Portion.rotating: "R_g D",
+    Portion.on_top: "(R_g + r) D",
+}
+UP: Mapping[Sides, str] = {Sides.both: "r D", Sides.b: "r n_out"}
 
 
 class Strategy(Strict, ABC):
@@ -166,6 +175,7 @@ def _describe(name: str, kind: type[Strategy]) -> Description:
     summary = (kind.__doc__ or name).strip().splitlines()[0]
     properties = {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "source": kind.source}
     properties |= {"equal_ranks": kind.equal_ranks, "equation": kind.equation, "cost": kind.cost}
+    properties |= {"portion": kind.portion, "down": DOWN[kind.portion], "up": UP[kind.sides]}
     return Description(name=name, summary=summary, options=kind.model_json_schema(), properties=properties)
 
 

@@ -28,6 +28,7 @@ class FedEx(Changes):
     singular = False
     portion = Portion.whole
     equation = "W ← W + Σ p (s b a − s₀ b₀ a₀), kept as (Σ p s b)(Σ p a) and the rest"
+    cost = "2 D R² + 2 R³"
     source = "arXiv:2410.09432"
 
     def check(self, plan: Plan) -> None:

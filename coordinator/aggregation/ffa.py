@@ -23,7 +23,7 @@ class FFA(Changes):
     singular = False
     sides = Sides.b
     equation = "W ← (B + Σ p (s b − s₀ b₀)) A₀"
-    cost = "n_out R"
+    cost = "n_out R + D R_g² + R_g³"
     source = "arXiv:2403.12313"
 
     def combine(self, round: ModuleRound) -> Sum:

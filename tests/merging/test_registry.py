@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from coordinator import aggregation
 from coordinator.aggregation import Strategy
+from coordinator.blobs import Blobs
 from protocol import errors
 from protocol.plan import Choice
-from tests.merging.small import dense
-from tests.merging.test_strategies import Client, close, counted, make_round, product
+from tests.merging.rounds import merge, second_round
+from tests.merging.small import make_plan, read
+from tests.merging.test_strategies import Client, close, counted, handed, make_round, product, started
 from tests.merging.test_truncation import dense as multiplied_out
 
 ROOT = Path(__file__).parents[2]
@@ -43,15 +46,16 @@ def test_every_strategy_says_what_it_is(name: str) -> None:
     assert re.fullmatch(r"[A-Z].{20,160}\.", described.summary)
     assert described.options["type"] == "object"
     claims = {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "equal_ranks": kind.equal_ranks}
-    assert described.properties == {**claims, "equation": kind.equation, "cost": kind.cost, "source": kind.source}
+    travelling = {"portion": kind.portion, "down": aggregation.DOWN[kind.portion], "up": aggregation.UP[kind.sides]}
+    assert described.properties == {**claims, **travelling, "equation": kind.equation, "cost": kind.cost, "source": kind.source}
 
 
 @pytest.mark.parametrize("name", aggregation.names())
 def test_every_strategy_has_its_line_in_the_docs(name: str) -> None:
     kind = aggregation.load(name)
     claims = ["yes" if claim else "no" for claim in (kind.exact, kind.linear, kind.gauge_free)]
-    ranks = "one" if kind.equal_ranks else "any"
-    assert f"| `{name}` | {' | '.join(claims)} | {ranks} | {kind.cost} | {kind.source} |" in TABLE
+    claims += ["one" if kind.equal_ranks else "any", aggregation.DOWN[kind.portion], aggregation.UP[kind.sides]]
+    assert f"| `{name}` | {' | '.join(claims)} | {kind.cost} | {kind.source} |" in TABLE
     assert f"- `{name}`: W ← {kind.equation.removeprefix('W ← ')}. {(kind.__doc__ or '').splitlines()[0]}" in TABLE
 
 
@@ -68,7 +72,9 @@ def test_an_option_that_a_strategy_does_not_have_is_refused() -> None:
         aggregation.check(Choice(name="delta", options={"momentum": 1.0}))
 
 
-def test_a_strategy_written_after_the_page_works_from_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_written_after_the_page_works_from_its_own_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blobs: Blobs
+) -> None:
     example = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     target = re.search(r'^stride = "(.*)"$', PAGE, re.MULTILINE)
     assert example is not None
@@ -79,12 +85,19 @@ def test_a_strategy_written_after_the_page_works_from_its_own_package(tmp_path: 
     assert "stride" in aggregation.names()
     assert any(found.name == "stride" for found in aggregation.describe())
     chosen = aggregation.check(Choice(name="stride", options={"step": 0.5}))
-    round = make_round((20, 12), [Client(1, 1.0, 1.0, 1), Client(4, 2.0, 0.5, 2)])
-    mean = sum(c.weight * (counted(c) - product(c.given.factors, c.given.scale)) for c in round.contributions)
-    assert close(multiplied_out(chosen.combine(round)), dense(round.adapter) + 0.5 * mean)  # type: ignore[arg-type]  # Factors
+    made = make_round((20, 12), [Client(1, 1.0, 1.0, 1), Client(4, 2.0, 0.5, 2)])
+    told = tuple(handed(type(chosen), made, c, number) for number, c in enumerate(made.contributions))
+    round = replace(made, contributions=told)
+    mean = sum(c.weight * (counted(c) - started(c)) for c in round.contributions)
+    assert close(multiplied_out(chosen.combine(round)), product(round.adapter, 1.0) + 0.5 * mean)
 
     with pytest.raises(errors.InvalidPlan, match=r"strategy stride, option step: .* its options are: step"):
         aggregation.check(Choice(name="stride", options={"step": 11}))
+
+    before, task = second_round(blobs, make_plan("stride", cap=6))
+    assert {read(blobs, ref).label.rank for ref in before.starts.values()} == {6}, "clients of all ranks start from all of it"
+    assert {input.directions for input in task.inputs} == {(0,), (0, 1), (0, 1, 2, 3)}
+    assert merge(task, blobs) == merge(replace(task, inputs=task.inputs[::-1]), blobs)
 
 
 def test_an_entry_point_that_is_no_strategy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -32,6 +34,17 @@ def test_files_down_and_up_are_about_as_long_as_estimated_and_never_longer(name:
     assert up <= sizes.upload_bytes(plan, 4) <= up + 800
     both_ways = sizes.start_bytes(plan, 4) + sizes.upload_bytes(plan, 4)
     assert ranks.link_seconds(plan, make_candidate(link=1000), 4) == pytest.approx(both_ways / 1000)
+
+
+@pytest.mark.parametrize("name", aggregation.names())
+def test_what_a_strategy_says_of_its_traffic_is_what_travels(name: str) -> None:
+    plan, kind = plan_of(name), aggregation.load(name)
+    for said, numbers in (
+        (aggregation.DOWN[kind.portion], sizes.held_numbers(plan, 4)),
+        (aggregation.UP[kind.sides], sizes.trained_numbers(plan, 4)),
+    ):
+        of_a_module = re.sub(r"(?<=[\w)]) (?=\w)", " * ", said).replace("R_g", str(CAP))
+        assert sum(eval(of_a_module, {"r": 4, "D": n_out + n_in, "n_out": n_out}) for n_out, n_in in LAYOUT.modules.values()) == numbers
 
 
 def test_what_is_frozen_costs_a_step_no_gradients_of_its_own() -> None:
