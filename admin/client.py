@@ -5,7 +5,6 @@ Nothing is repeated here: an operator is told at once, and `runs create` has its
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from typing import Literal, Self, TypeVar
 import httpx
 from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 
+from admin.addresses import check_transport, loopback
+from admin.download import Download
 from protocol import VERSION, errors
 from protocol.messages import Problem
 from protocol.plan import Plan
@@ -58,12 +59,12 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Raises InsecureTransport if the token could be read on the way, unless that is allowed."""
-        _check_transport(url, insecure=insecure)
+        check_transport(url, insecure=insecure)
         self._url = url
         headers = {"Hlora-Version": VERSION} | ({"Authorization": f"Bearer {token.get_secret_value()}"} if token else {})
         verify = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
         # A proxy that the environment names is for other machines, even where it forgets to say so.
-        own = _loopback(httpx.URL(url).host)
+        own = loopback(httpx.URL(url).host)
         self._http = httpx.Client(base_url=url, headers=headers, verify=verify, timeout=TIMEOUT, transport=transport, trust_env=not own)
 
     def __enter__(self) -> Self:
@@ -100,9 +101,12 @@ class Client:
         """One attempt at a round, whole; by default the last one."""
         return self._get(f"/v1/runs/{run}/rounds/{number}", RoundView, attempt=attempt)
 
-    def adapter(self, run: str, round: int | None = None, rank: int | None = None) -> bytes:
-        """A published adapter as a PEFT folder in a zip archive."""
-        return self._answer("GET", f"/v1/runs/{run}/adapter", params=_given(round=round, rank=rank)).content
+    @contextmanager
+    def adapter(self, run: str, **wanted: float | None) -> Iterator[Download]:
+        """A published adapter as a PEFT folder in a zip archive; wanted: round, rank, kept, uniform."""
+        with self._stream(f"/v1/runs/{run}/adapter", _given(**wanted)) as response:
+            length = response.headers.get("Content-Length")
+            yield Download(int(length) if length else None, response.iter_bytes())
 
     def clients(self) -> Iterator[ClientView]:
         """All clients, newest first."""
@@ -126,10 +130,7 @@ class Client:
 
     def quarantined_slice(self, contribution: str) -> Iterator[bytes]:
         """The bytes of a contribution that was set apart, piece by piece."""
-        with self._reaching(), self._http.stream("GET", f"/v1/quarantine/{contribution}/slice") as response:
-            if not response.is_success:
-                response.read()
-                raise _refusal(response)
+        with self._stream(f"/v1/quarantine/{contribution}/slice") as response:
             yield from response.iter_bytes()
 
     def delete_quarantined(self, contribution: str) -> None:
@@ -189,7 +190,7 @@ class Client:
         method: str,
         path: str,
         *,
-        params: Mapping[str, int | str] | None = None,
+        params: Mapping[str, float | str] | None = None,
         content: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
@@ -200,6 +201,14 @@ class Client:
         return response
 
     @contextmanager
+    def _stream(self, path: str, params: Mapping[str, float | str] | None = None) -> Iterator[httpx.Response]:
+        with self._reaching(), self._http.stream("GET", path, params=params) as response:
+            if not response.is_success:
+                response.read()
+                raise _refusal(response)
+            yield response
+
+    @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
             yield
@@ -208,28 +217,8 @@ class Client:
             raise errors.Unavailable(f"{self._url} does not answer ({reason}); is the coordinator running, is HLORA_URL right?") from None
 
 
-def _given(**parameters: int | str | None) -> dict[str, int | str]:
+def _given(**parameters: float | str | None) -> dict[str, float | str]:
     return {name: value for name, value in parameters.items() if value is not None}
-
-
-def _check_transport(url: str, *, insecure: bool) -> None:
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise errors.InvalidRequest(f"{url!r} is no address ({error}); http://host:port or https://host was expected") from None
-    if address.scheme not in ("http", "https") or not address.host:
-        raise errors.InvalidRequest(f"{url!r} is no address; http://host:port or https://host was expected")
-    if address.scheme == "http" and not insecure and not _loopback(address.host):
-        raise errors.InsecureTransport(
-            f"{url} is not HTTPS, so the token would travel in the clear; use https://, or set HLORA_INSECURE=1 on a network you trust"
-        )
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _refusal(response: httpx.Response) -> errors.HLoRAError:

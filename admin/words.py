@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
 
@@ -51,6 +51,14 @@ def labels(values: Mapping[str, str]) -> str:
 def ranks(counts: Mapping[int, int]) -> str:
     """2×1 8×3: rank × how many clients."""
     return " ".join(f"{rank}×{count}" for rank, count in sorted(counts.items()))
+
+
+def spread(ranks: Collection[int]) -> str:
+    """rank 8 in 24 modules; ranks 1 to 8, 3.25 on average, in 24 modules"""
+    smallest, largest = min(ranks), max(ranks)
+    if smallest == largest:
+        return f"rank {largest} in {len(ranks)} modules"
+    return f"ranks {smallest} to {largest}, {sum(ranks) / len(ranks):.4g} on average, in {len(ranks)} modules"
 
 
 def kept(values: Mapping[int, float]) -> str:

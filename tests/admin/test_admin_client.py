@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 
 import httpx
@@ -72,17 +74,14 @@ def test_lists_are_read_page_by_page() -> None:
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "deep/evil", ".."])
 def test_an_archive_cannot_write_outside_its_folder(name: str, tmp_path: Path) -> None:
-    import io
-    import zipfile
-
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr(name, b"")
     with pytest.raises(errors.HLoRAError, match="no plain name"):
-        unpack(stream.getvalue(), tmp_path / "out")
+        unpack(stream, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.HLoRAError, match="zip archive"):
-        unpack(b"<html>", tmp_path)
+        unpack(io.BytesIO(b"<html>"), tmp_path)

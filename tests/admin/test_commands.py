@@ -37,7 +37,7 @@ from protocol.views import (
     TokenView,
 )
 from tests.admin.conftest import Desk
-from tests.federation import Caller, Device, make_plan, make_profile, read
+from tests.federation import LAYOUT, Caller, Device, make_plan, make_profile, read
 
 DOCS = Path(__file__).parents[2] / "docs" / "operating.md"
 
@@ -65,6 +65,19 @@ def on_a_terminal(desk: Desk, *words: str) -> tuple[int, str, str]:
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", os.read(ours, 1 << 16).decode())  # without colours
     os.close(ours)
     return found.returncode, drawn, found.stderr.decode()
+
+
+def before_a_terminal(desk: Desk, *words: str) -> tuple[str, str]:
+    """The standard output of a command that must succeed, and what it drew on the terminal that is its standard error."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "HLORA_URL": desk.url, "HLORA_TOKEN": desk.token, "TERM": "xterm", "COLUMNS": "160"}
+    found = subprocess.run(
+        [sys.executable, "-m", "admin", *words], stdout=subprocess.PIPE, stderr=theirs, env=environment, check=True, timeout=60
+    )
+    os.close(theirs)
+    drawn = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    return found.stdout.decode(), drawn
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------
@@ -179,6 +192,49 @@ async def test_a_pulled_adapter_is_a_folder_of_the_rank_that_was_asked_for(desk:
     assert f"{tmp_path}/adapter_config.json" in desk.say("adapter", "pull", run, "--out", tmp_path)
     assert "rank 5 is more" in desk.refusal("adapter", "pull", run, "--rank", 5, "--out", tmp_path)
     assert "cannot be written" in desk.refusal("adapter", "pull", run, "--out", tmp_path / "README.md")
+
+
+async def test_an_adapter_is_pulled_at_a_share_of_its_energy_of_each_module_or_of_all(desk: Desk, plan_file: Path, tmp_path: Path) -> None:
+    run = await play(desk, plan_file)
+    each = desk.tell("adapter", "pull", run, "--kept", 0.6, "--out", tmp_path / "each")["ranks"]
+    alike = desk.tell("adapter", "pull", run, "--kept", 0.6, "--uniform", "--out", tmp_path / "alike")["ranks"]
+    whole = desk.tell("adapter", "pull", run, "--kept", 1, "--rank", 3, "--out", tmp_path / "whole")["ranks"]
+    for folder, ranks in (("each", each), ("alike", alike), ("whole", whole)):
+        tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert ranks == {module: len(tensors[f"base_model.model.{module}.lora_A.weight"]) for module in LAYOUT.modules}
+    assert all(1 <= rank < 4 for rank in each.values())
+    assert min(each.values()) <= alike["attention.key"] == alike["attention.query"] <= max(each.values())
+    assert set(whole.values()) == {3}
+    assert desk.say("adapter", "pull", run, "--rank", 2, "--out", tmp_path / "two").endswith("rank 2 in 2 modules\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--kept", 0], "kept: Input should be greater than 0"),
+        (["--kept", 1.01], "kept: Input should be less than or equal to 1"),
+        (["--uniform"], "uniform says how `kept` is meant"),
+        (["--rank", 5, "--kept", 0.9], "rank 5 is more"),
+        (["--round", 9], "has not published round 9"),
+    ],
+)
+async def test_what_an_adapter_cannot_be_read_out_at_is_refused_and_nothing_is_written(
+    desk: Desk, plan_file: Path, tmp_path: Path, options: list[object], said: str
+) -> None:
+    run = desk.tell("runs", "create", plan_file)["id"]
+    desk.federation.tick()
+    assert said in desk.refusal("adapter", "pull", run, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+async def test_a_download_is_followed_on_a_terminal_and_leaves_the_standard_output_alone(
+    desk: Desk, plan_file: Path, tmp_path: Path
+) -> None:
+    desk.say("runs", "create", plan_file)
+    desk.federation.tick()
+    told, drawn = before_a_terminal(desk, "adapter", "pull", "small", "--out", str(tmp_path / "out"), "--json")
+    assert json.loads(told)["ranks"] == dict.fromkeys(LAYOUT.modules, 4)
+    assert "kB" in drawn
 
 
 # --- clients, enrolments, tokens -----------------------------------------------------------------------------------------

@@ -47,3 +47,8 @@ def test_shares_metrics_ranks_and_labels() -> None:
     assert words.kept({8: 1.0, 2: 0.71}) == "2:71% 8:100%"
     assert words.digest(f"sha256:{10**63}") == "sha256:100000000000…"
     assert words.labels({"site": "north", "class": "phone"}) == "class=phone site=north"
+
+
+@pytest.mark.parametrize(("ranks", "said"), [([8, 8], "rank 8 in 2 modules"), ([1, 8, 2], "ranks 1 to 8, 3.667 on average, in 3 modules")])
+def test_ranks_of_modules(ranks: list[int], said: str) -> None:
+    assert words.spread(ranks) == said
