@@ -85,6 +85,16 @@ class Blobs:
             raise errors.TruncatedBody(f"bytes {start} to {stop} of {digest} were wanted; it ends at {start + len(data)}")
         return data
 
+    def begin(self, digest: str, count: int) -> tuple[bytearray, int]:
+        """A blob's first bytes, so many or all of them, and its length, in one request. Raises NotFound."""
+        with _translated(digest):
+            return self._store.begin(_key(digest), count)
+
+    @property
+    def far(self) -> bool:
+        """Whether every request waits for another machine, so that several at once take no longer than one."""
+        return self._store.far
+
     def chunks(self, digest: str, start: int = 0, stop: int | None = None, size: int = CHUNK) -> Iterator[bytes]:
         """A blob's bytes in pieces of about that size. Raises NotFound at once, not at the first piece."""
         end = self.size(digest)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -23,7 +23,8 @@ from coordinator.assembly import Assembly, Merged, Piece, layout_of, module_piec
 from coordinator.blobs import Blobs
 from coordinator.initial import first_adapter
 from coordinator.lowrank import truncate
-from coordinator.reading import SliceReader, StoredFactors, TrainedFactors, open_slice
+from coordinator.reading import SliceReader, StoredFactors, TrainedFactors, ahead, learn, open_slice
+from coordinator.sums import Stored
 from protocol import errors
 from protocol.plan import Plan
 from protocol.slices import TORCH_DTYPES, Factors
@@ -85,23 +86,21 @@ def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
 
 def merge_module(task: ModuleTask) -> Piece:
     """One module's next factors, at the cap and cut to every rung."""
-    plan, round = task.round.plan, task.round.round
-    n_out, n_in = task.shape
-    blobs, strategy = Blobs.open(task.round.store), aggregation.check(plan.strategy)
-    started = cache(lambda digest: open_slice(blobs, digest).factors(task.name))  # many began with the same few slices
-    state = ModuleRound(
-        shape=(n_out, n_in),
-        round=round,
-        adapter=StoredFactors(open_slice(blobs, task.round.previous), task.name),
-        contributions=tuple(_contribution(blobs, input, task.name, started) for input in task.round.inputs),
-        earlier=StoredFactors(open_slice(blobs, task.round.earlier), task.name) if task.round.earlier else None,
-    )
+    blobs = Blobs.open(task.round.store)
+    learn(blobs, {digest for input in task.round.inputs for digest in (input.digest, input.base)})
+    with ahead(blobs, _trained(blobs, task)) as trained:
+        return _merged(task, _state(blobs, task, trained))
+
+
+def _merged(task: ModuleTask, state: ModuleRound) -> Piece:
+    plan = task.round.plan
+    strategy = aggregation.check(plan.strategy)
     w = strategy.combine(state)
     found = truncate(w, plan.global_rank)
     kept = {rank: found.kept(rank) for rank in sorted({*plan.ranks.ladder, plan.global_rank})}
     energy = Energy(total=found.total, kept=kept, stacked_rank=found.stacked_rank, short=found.short)
     best = found.padded(plan.global_rank)
-    return module_piece(plan, round, task.name, strategy.keep(state, w, best), best, energy)
+    return module_piece(plan, task.round.round, task.name, strategy.keep(state, w, best), best, energy)
 
 
 def merge_tensor(task: ModuleTask) -> Piece:
@@ -124,15 +123,37 @@ def merge_tensor(task: ModuleTask) -> Piece:
     return tensor_piece(plan, task.name, mean)
 
 
-def _contribution(blobs: Blobs, input: Input, module: str, started: Callable[[str], Factors]) -> Contribution:
-    base = open_slice(blobs, input.base)
-    return Contribution(
-        factors=TrainedFactors(_opened(blobs, input), module, lambda: started(input.base).of(input.directions)),
-        scale=input.scale,
-        weight=input.weight,
-        shrink=input.shrink,
-        given=Given(input.base, StoredFactors(base, module), base.header.label.scale),
-        directions=input.directions,
+def _trained(blobs: Blobs, task: ModuleTask) -> list[TrainedFactors]:
+    """What came of the module, in the order of the inputs."""
+    started = cache(lambda digest: open_slice(blobs, digest).factors(task.name))  # many began with the same few slices
+
+    def start(input: Input) -> Factors:
+        return started(input.base).of(input.directions)
+
+    return [TrainedFactors(_opened(blobs, input), task.name, partial(start, input)) for input in task.round.inputs]
+
+
+def _state(blobs: Blobs, task: ModuleTask, trained: Sequence[Stored]) -> ModuleRound:
+    def stored(digest: str) -> StoredFactors:
+        return StoredFactors(open_slice(blobs, digest), task.name)
+
+    n_out, n_in = task.shape
+    return ModuleRound(
+        shape=(n_out, n_in),
+        round=task.round.round,
+        adapter=stored(task.round.previous),
+        contributions=tuple(
+            Contribution(
+                factors=factors,
+                scale=input.scale,
+                weight=input.weight,
+                shrink=input.shrink,
+                given=Given(input.base, given := stored(input.base), given.reader.header.label.scale),
+                directions=input.directions,
+            )
+            for input, factors in zip(task.round.inputs, trained, strict=True)
+        ),
+        earlier=stored(task.round.earlier) if task.round.earlier else None,
     )
 
 

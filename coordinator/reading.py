@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from coordinator.blobs import Blobs
 from coordinator.stores import read_at
+from coordinator.sums import Stored
 from protocol import errors
 from protocol.checks import check_finite
 from protocol.compact import restored
@@ -19,6 +21,8 @@ from protocol.plan import Dtype
 from protocol.slices import SCALES, WIRE_NAMES, Entry, Factors, Header, decode, read_header, seen
 
 LARGEST_HEADER = 32 << 20  # bytes; the largest layout that a plan can have needs less
+FIRST = 1 << 16  # bytes of a blob with which its header comes in one request, unless there are hundreds of modules
+AHEAD = 8  # contributions that are read at the same time, from far
 Read = Callable[[int, int], bytearray]  # bytes start … stop − 1
 
 
@@ -138,10 +142,69 @@ def open_file(path: Path, largest_header: int = LARGEST_HEADER) -> Iterator[Slic
         yield SliceReader(header, partial(read_at, file))
 
 
+def learn(blobs: Blobs, digests: Iterable[str]) -> None:
+    """Read these slices' tables of contents, several at a time where blobs are far. Raises NotFound, MalformedSlice."""
+    if blobs.far:
+        with ThreadPoolExecutor(AHEAD) as pool:
+            for _ in pool.map(partial(_header, blobs.url), digests):
+                pass
+
+
 # A worker merges module after module of the same contributions; their tables of contents are read once.
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _header(url: str, digest: str) -> Header:
     blobs = Blobs.open(url)
-    length = blobs.size(digest)
-    size = int.from_bytes(blobs.read_range(digest, 0, min(8, length)), "little")
-    return read_header(blobs.read_range(digest, 0, min(8 + size, length)), length)
+    start, length = blobs.begin(digest, FIRST)
+    size = 8 + int.from_bytes(start[:8], "little")
+    found = read_header(start if size <= len(start) else blobs.read_range(digest, 0, min(size, length)), length)
+    return replace(found, entries=_shared(tuple(found.entries.items())))
+
+
+# All contributions of a rank have the same few; one for each would be most of a worker's memory.
+@lru_cache(maxsize=256)
+def _shared(entries: tuple[tuple[str, Entry], ...]) -> Mapping[str, Entry]:
+    return dict(entries)
+
+
+@contextmanager
+def ahead(blobs: Blobs, stored: Sequence[TrainedFactors]) -> Iterator[Sequence[Stored]]:
+    """The same factors; where blobs are far, each is read while those before it are used, if they are used in order."""
+    if not blobs.far:
+        yield stored
+        return
+    pool = ThreadPoolExecutor(AHEAD)
+    try:
+        queue = _Queue(stored, pool)
+        yield [_Queued(queue, place) for place in range(len(stored))]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Queue:
+    """Factors that are read before they are asked for."""
+
+    stored: Sequence[TrainedFactors]
+    pool: ThreadPoolExecutor
+    waiting: dict[int, Future[Factors]] = field(default_factory=dict)
+
+    def load(self, place: int) -> Factors:
+        for later in range(place, min(place + AHEAD, len(self.stored))):
+            if later not in self.waiting:
+                self.waiting[later] = self.pool.submit(self.stored[later].load)
+        return self.waiting.pop(place).result()
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """One of them."""
+
+    queue: _Queue
+    place: int
+
+    @property
+    def rank(self) -> int:
+        return self.queue.stored[self.place].rank
+
+    def load(self) -> Factors:
+        return self.queue.load(self.place)

@@ -25,8 +25,11 @@ COPY = 1 << 20  # bytes copied at a time
 class Store(Protocol):
     """What a store must do; keys are `sha256/<64 hex>`, an unknown one is a FileNotFoundError."""
 
+    far: bool  # each request waits for another machine, and many wait no longer than one
+
     def write(self, key: str, content: bytes | Path) -> None: ...
     def read(self, key: str, start: int, stop: int) -> bytearray: ...
+    def begin(self, key: str, count: int) -> tuple[bytearray, int]: ...
     def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]: ...
     def size(self, key: str) -> int: ...
     def delete(self, key: str) -> None: ...
@@ -59,6 +62,8 @@ def _bucket(url: str) -> Remote:
 
 class Folder:
     """A folder, written without obstore: its local store never fsyncs, and a blob must outlive a power cut."""
+
+    far = False
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -97,6 +102,10 @@ class Folder:
         with (self._root / key).open("rb", buffering=0) as file:
             return read_at(file, start, stop)
 
+    def begin(self, key: str, count: int) -> tuple[bytearray, int]:
+        with (self._root / key).open("rb", buffering=0) as file:
+            return read_at(file, 0, count), os.fstat(file.fileno()).st_size
+
     def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
         return _file_chunks(self._root / key, start, stop, size)
 
@@ -120,6 +129,8 @@ class Folder:
 class Remote:
     """An object store: its own puts are atomic and durable."""
 
+    far = True
+
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
 
@@ -128,6 +139,10 @@ class Remote:
 
     def read(self, key: str, start: int, stop: int) -> bytearray:
         return bytearray(obstore.get_range(self._store, key, start=start, end=stop))
+
+    def begin(self, key: str, count: int) -> tuple[bytearray, int]:
+        found = obstore.get(self._store, key, options={"range": (0, count)})
+        return bytearray(found.bytes()), found.meta["size"]
 
     def stream(self, key: str, start: int, stop: int, size: int) -> Iterator[bytes]:
         for chunk in obstore.get(self._store, key, options={"range": (start, stop)}).stream(min_chunk_size=size):

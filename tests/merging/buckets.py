@@ -29,6 +29,8 @@ class Bucket:
     objects: dict[str, bytes] = field(default_factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=count)
+    asked: list[str] = field(default_factory=list)  # method, key and range of what was read
+    together: threading.Barrier | None = None  # so many are read at the same moment, or none
 
 
 def settings(bucket: Bucket) -> dict[str, str]:
@@ -108,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         key, query, _ = self._asked()
         if "list-type" in query:
             return self._list(query)
+        self.bucket.asked.append(f"{self.command} {key} {self.headers.get('Range', '')}")
+        if self.bucket.together is not None:
+            self.bucket.together.wait(timeout=30)
         if key not in self.bucket.objects:
             return self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
         data = self.bucket.objects[key]

@@ -13,10 +13,11 @@ from coordinator import aggregation
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.merge import Input, RoundTask
+from protocol.compact import trained_parts
 from protocol.course import Cohort
 from protocol.messages import BlobRef
 from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Scaling, Split, Training
-from protocol.slices import Factors, Label, Slice, parts, unpack
+from protocol.slices import Factors, Label, Slice, unpack
 
 LAYOUT = Layout(
     modules={"block.q": (20, 12), "block.v": (12, 30)},
@@ -35,6 +36,7 @@ def make_plan(
     scaling: Scaling = Scaling.rank,
     split: Split = Split.balanced,
     wire: Dtype = Dtype.float32,
+    uploads: Dtype | None = None,
     layout: Layout | None = LAYOUT,
     seed: int = 0,
 ) -> Plan:
@@ -53,6 +55,7 @@ def make_plan(
         cohort=Cohort(target=1, quorum=1),
         rounds=100,
         wire=wire,
+        uploads=uploads,
         seed=seed,
     )
 
@@ -94,7 +97,8 @@ def send(
     done = train(replace(given, factors={name: f.of(directions) for name, f in given.factors.items()}), seed)
     label = Label(rank=rank, scale=given.label.scale, round=given.label.round + 1, base=base.digest, examples=seed + 1)
     assert plan.layout is not None
-    ref = blobs.put(b"".join(parts(replace(done, label=label), plan.layout, plan.wire, kind.sides)))
+    new = replace(done, label=label)
+    ref = blobs.put(b"".join(trained_parts(new, given, plan.layout, plan.upload, directions=directions, sides=kind.sides)))
     trained_ones = None if directions is None else tuple(directions)
     return Input(ref.digest, rank, label.scale, weight, shrink, base.digest, trained_ones)
 
