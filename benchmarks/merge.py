@@ -21,12 +21,13 @@ from torch import Tensor
 
 from benchmarks.crowd import Size, gather
 from benchmarks.machine import Machine, Rates, peak_bytes, reset_peak, resident_bytes, this_machine
-from coordinator import spectrum, truncation
+from coordinator import truncation
 from coordinator.blobs import Blobs
 from coordinator.executors import open_executor
 from coordinator.merge import Merged, RoundTask, merge_round
 from coordinator.reading import open_slice
-from coordinator.truncation import Stack
+from coordinator.stacks import stacked
+from coordinator.sums import Sum, Term
 from protocol.plan import Dtype
 from protocol.slices import Factors
 from protocol.views import Energy
@@ -186,24 +187,26 @@ def methods(size: Size, decompositions: Seconds, repeats: int = 3) -> list[Metho
         task, shape = gather(one, blobs), one.shapes[0]
         terms = _terms(task, blobs, "module.000")
         dense = _dense_seconds(one, task, blobs, shape, decompositions)
-    weights = torch.cat([torch.full((factors.rank,), weight, dtype=torch.float64) for weight, factors in terms])
-    stack, rank = Stack([factors for _, factors in terms], weights), task.plan.global_rank
-    ways: dict[str, Callable[[Stack, int], object | None]] = {"exact": truncation.exact, "quick": truncation.quick}
-    found = {name: _best(way, stack, rank, repeats) for name, way in ways.items()}
-    common = {"n_out": shape[0], "n_in": shape[1], "clients": one.clients, "stacked_rank": stack.rank, "rank": rank}
+    w, rank = Sum(shape, [Term(factors, weight) for weight, factors in terms]), task.plan.global_rank
+    ways: dict[str, Callable[[Sum], object | None]] = {
+        "exact": lambda w: truncation.exact(stacked(w), rank),
+        "quick": lambda w: truncation.quick(stacked(w), rank),
+    }
+    found = {name: _best(way, w, repeats) for name, way in ways.items()}
+    common = {"n_out": shape[0], "n_in": shape[1], "clients": one.clients, "stacked_rank": w.rank, "rank": rank}
     return [
         Method(method=name, seconds=seconds, dense_seconds=dense, ratio=dense / seconds, machine=this_machine(), **common)
         for name, seconds in found.items()
     ]
 
 
-def _best(way: Callable[[Stack, int], object | None], stack: Stack, rank: int, repeats: int) -> float:
+def _best(way: Callable[[Sum], object | None], w: Sum, repeats: int) -> float:
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        found = way(stack, rank)
+        found = way(w)
         times.append(time.perf_counter() - began)
-        assert found is not None, f"the certificate asks for less than {spectrum.HAIR:.0%}, which this crowd allows"
+        assert found is not None, f"the certificate asks for less than {truncation.HAIR:.0%}, which this crowd allows"
     return min(times)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from coordinator import truncation
+from coordinator.folding import folded
+from coordinator.stacks import stacked
 from coordinator.sums import Sum
 from protocol import errors
 from protocol.plan import Split
@@ -57,29 +59,28 @@ def truncate(w: Sum, rank: int) -> Truncation:
 
 def _singular(w: Sum, rank: int) -> truncation.Singular:
     if w.rank >= min(w.shape):
-        return truncation.folded(w, rank)
-    stack = truncation.collapsed(w)
+        return folded(w, rank)
+    stack = stacked(w)
     found = truncation.quick(stack, rank) if truncation.quicker(w.shape, stack.rank, rank) else None
     return found or truncation.exact(stack, rank)
 
 
 def _written(found: truncation.Singular, stacked_rank: int) -> Truncation:
-    u, vt = _signed(found.u, found.vt)
-    roots = found.squares.pow(0.25)
-    b, a = (u * roots).float(), (roots[:, None] * vt).float()
+    b, a = _signed(found.b, found.a)
+    b, a = b.float(), a.float()
     if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
         raise errors.NonFiniteSlice("the merged factors are larger than float32 can hold")
-    total = found.total if len(roots) else 0.0
+    total = found.total if len(found.squares) else 0.0
     short = max(0.0, found.most - float(found.squares.sum())) / total if total > 0 else 0.0
     return Truncation(b=b, a=a, s=found.squares.sqrt(), total=total, stacked_rank=stacked_rank, short=short)
 
 
-def _signed(u: Tensor, vt: Tensor) -> tuple[Tensor, Tensor]:
-    if not u.shape[1]:
-        return u, vt
-    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).squeeze(0)  # argmax gives the first of equals
-    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
-    return u * signs, signs[:, None] * vt
+def _signed(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    if not b.shape[1]:
+        return b, a
+    largest = b.gather(0, b.abs().argmax(dim=0, keepdim=True)).squeeze(0)  # argmax gives the first of equals
+    signs = torch.where(largest < 0, -1.0, 1.0).to(b.dtype)
+    return b * signs, signs[:, None] * a
 
 
 def pad(factors: Factors, rank: int) -> Factors:

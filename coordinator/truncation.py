@@ -1,30 +1,28 @@
-"""The three ways from a sum to its leading singular triplets, and the rule that chooses among them.
+"""From a stack to its leading singular triplets by Gram matrices, and the rule that says in which precision.
 
-exact    Gram matrices of the stack in float64             the rule where the stack is narrow, and the last resort
-quick    the same in float32, with a proof beside it        where it is at least ADVANTAGE times as quick
-folded   one dense matrix, whatever the number of terms    where the stacked rank reaches the matrix's smaller side
+exact    Gram matrices in float64, all of what is left out proved to be within EXACT of the least, or a full decomposition
+quick    Gram matrices in float32, what is left out proved to be within HAIR of the least; none where that cannot be proved
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from coordinator import spectrum
-from coordinator.sums import Sum
+from coordinator.stacks import Stack
 from protocol import errors
-from protocol.slices import Factors
 
-BLOCK = 512  # directions that are folded into a dense sum at a time
-LARGE = 1 << 30  # multiplications from which a dense sum's blocks are multiplied in float32, and added up in float64
+HAIR = 0.01  # what the quick methods leave out is at most so much more than the least that can be left out
+EXACT = 1e-8  # the error of what is kept exceeds the least by at most this share of ‖W‖
 NARROW = 128  # a stack up to here is done exactly before anything else has begun
-ADVANTAGE = 4.0  # times by the estimate below, which flatters the quick method: an exact result is worth some seconds
-NOISE = 2e-8  # of an energy that is summed from float32 Gram matrices, relative; measured: below 1e-8
+ADVANTAGE = 1.2  # times, by the estimate below
+NOISE = 2e-8  # of what is left out by float32 Gram matrices, as a share of the whole; measured: below 1e-8
 OPERATOR_NOISE = 4 * torch.finfo(torch.float32).eps  # the same of their largest eigenvalue
 LIFT = 4e-6  # of a float32 Gram matrix, so that nearly dependent rows have a Cholesky factor; it only raises eigenvalues
+DEPENDENT = 0.01  # of what columns of length one have of their own
 FLOAT32_SQUARES = (1e-30, 1e30)  # squares within these bounds keep their digits in float32
 
 
@@ -32,214 +30,152 @@ FLOAT32_SQUARES = (1e-30, 1e30)  # squares within these bounds keep their digits
 class Singular:
     """Leading singular triplets with ‖W‖²_F, and the most that as many squared singular values can sum to."""
 
-    u: Tensor  # (n_out, k)
+    b: Tensor  # (n_out, k), U√S
+    a: Tensor  # (k, n_in), √S Vᵀ
     squares: Tensor  # (k,) squared singular values, falling, float64
-    vt: Tensor  # (k, n_in)
     total: float
     most: float
 
 
-@dataclass(frozen=True)
-class Stack:
-    """W = Σ b diag(c) a with everything in memory: b (n_out, r), a (r, n_in), c the weights of all directions in turn."""
-
-    parts: Sequence[Factors]
-    c: Tensor  # (R,) float64
-
-    @property
-    def rank(self) -> int:
-        return len(self.c)
-
-
 def quicker(shape: tuple[int, int], stacked: int, rank: int) -> bool:
-    """Whether the quick method is worth trying: seconds of both on one core, by rates measured on a Zen 4 core.
-
-    float64: Gram 37 GFLOP/s, decomposition 0.43 ns R³, products 35; float32: 76 (products 75 and 90 within the cache).
-    """
-    sides, width = sum(shape), rank + spectrum.EXTRA
-    slow = sides * stacked**2 / 37e9 + stacked**3 * 0.43e-9 + 2 * sides * stacked * rank / 35e9
-    fast = sides * stacked**2 / 76e9 + 5 * stacked**3 / 90e9 + (12 * stacked**2 + 3 * sides * stacked) * width / 75e9
-    return stacked > max(NARROW, 2 * width) and slow > ADVANTAGE * fast
+    """Whether the quick method is worth trying."""
+    slow, fast = exact_seconds(shape, stacked, rank), quick_seconds(shape, stacked, rank)
+    return stacked > max(NARROW, 2 * (rank + spectrum.EXTRA)) and slow > ADVANTAGE * fast
 
 
-def collapsed(w: Sum) -> Stack:
-    """The terms in memory; those that repeat the first one's leading directions are folded into its weights.
-
-    The slices that clients were given are cut from the adapter, so where they travel in float32 they are its directions up
-    to a factor and float32's rounding, which is what the adapter itself was rounded to. Then they cost nothing.
-    """
-    first = w.terms[0]
-    parts, weights = [first.load(w.shape)], [first.weights().clone()]
-    for term in w.terms[1:]:
-        part, c = term.load(w.shape), term.weights()
-        multiples = _nested(part, parts[0])
-        if multiples is None:
-            parts.append(part)
-            weights.append(c)
-        else:
-            weights[0][: part.rank] += c * multiples
-    if len(parts) > 1:
-        parts[0], weights[0] = _counting(parts[0], weights[0], largest=max(float(c.abs().max()) for c in weights))
-    return Stack(parts, torch.cat(weights))
+def exact_seconds(shape: tuple[int, int], stacked: int, rank: int) -> float:
+    """What the exact method takes on one core, by a fit to measured times (see decision 22)."""
+    sides = sum(shape)
+    return sides * stacked**2 / 42e9 + stacked**3 / 13e9 + sides * stacked * rank / 25e9 + stacked**2 * (2 * rank + 24) / 2.3e9 + 0.005
 
 
-def _counting(part: Factors, c: Tensor, largest: float) -> tuple[Factors, Tensor]:
-    """The directions that have numbers and a weight: folded weights may cancel, and leave rounding."""
-    live = (c.abs() > 16 * spectrum.EPSILON * largest) & ((part.b != 0).any(dim=0) | (part.a != 0).any(dim=1))
-    return (part, c) if bool(live.all()) else (Factors(b=part.b[:, live], a=part.a[live]), c[live])
+def quick_seconds(shape: tuple[int, int], stacked: int, rank: int) -> float:
+    """What the quick method takes."""
+    sides = sum(shape)
+    return sides * stacked**2 / 90e9 + stacked**3 / 28e9 + sides * stacked * rank / 16e9 + stacked**2 * (rank + 24) / 4.9e9 + 0.004
 
 
-def _nested(part: Factors, whole: Factors) -> Tensor | None:
-    """m with b diag(1) a = b′ diag(m) a′ for the leading directions b′, a′ of the whole, (r,) float64; none if there is none."""
-    r = part.rank
-    if r > whole.rank or any(x.dtype != torch.float32 for x in (part.a, part.b, whole.a, whole.b)):
-        return None
-    if (left := _multiples(part.b, whole.b[:, :r])) is None:
-        return None
-    live = left != 0  # a direction with nothing in b adds nothing, whatever fresh row stands in a
-    right = _multiples(part.a[live].T, whole.a[:r][live].T)
-    if right is None or not bool(torch.isfinite(part.a).all()):
-        return None
-    found = torch.zeros(r, dtype=torch.float64)
-    found[live] = left[live] * right
-    return found
+@dataclass(frozen=True)
+class _Grams:
+    """The Gram matrices of a stack, the weights in that of b: they may be negative, so they are no roots in the factors."""
 
+    a: Tensor  # A Aᵀ, (R, R)
+    b: Tensor  # diag(c) Bᵀ B diag(c), (R, R)
+    total: float  # ‖W‖²_F
+    floor: float  # the sum of the directions' own energies: where they cancel, rounding is as large as they were
 
-def _multiples(x: Tensor, y: Tensor) -> Tensor | None:
-    """m with x = y diag(m) to float32's rounding; none if there is none. x, y: (n, r)."""
-    at = y.abs().argmax(dim=0, keepdim=True)
-    largest = y.gather(0, at).double()
-    m = torch.where(largest == 0, 0.0, x.gather(0, at).double() / largest)
-    hair = 2 * torch.finfo(torch.float32).eps
-    for rows in (slice(0, 16), slice(16, None)):  # a trained slice is told from the first few
-        if not bool(((x[rows] - m * y[rows]).abs() <= hair * x[rows].abs()).all()):
-            return None
-    return m.squeeze(0)
+    @classmethod
+    def of(cls, stack: Stack, dtype: torch.dtype) -> _Grams:
+        a, b = spectrum.gram(stack.a, dtype), spectrum.gram(stack.b.T, dtype)
+        b *= torch.outer(stack.c, stack.c)
+        floor = float(a.diagonal().double().dot(b.diagonal().double()))
+        return cls(a, b, float((a * b).sum(dtype=torch.float64)), floor)
 
 
 def exact(stack: Stack, rank: int) -> Singular:
     """Singular triplets from the R × R Gram matrices of the stack in float64; scratch 6 R² float64.
 
-    With B = [b₁ …], A = [a₁; …], C = diag(c) and A Aᵀ = L Lᵀ:  S = Lᵀ C BᵀB C L  has the squared singular values of
-    W = B C A as eigenvalues λ with vectors v, and  U = B (C L v / √λ),  Vᵀ = (vᵀ Lᵀ C BᵀB C / λ) A.  The weights stand on
-    the R × R side and not as roots in the factors, because they may be negative.
+    With A Aᵀ = L Lᵀ, C = diag(c):  S = Lᵀ C BᵀB C L  has the squared singular values of W = B C A as eigenvalues.
     """
-    c = stack.c
-    gram_a = spectrum.gram([part.a for part in stack.parts], torch.float64)
-    gram_b = c[:, None] * spectrum.gram([part.b.T for part in stack.parts], torch.float64) * c
-    floor = finite(float((gram_a.diagonal() * gram_b.diagonal()).sum()))
-    root = spectrum.root(gram_a)  # (R, k)
-    t = root.T @ gram_b  # (k, R)
-    found = _above(spectrum.exact(t @ root, rank), floor, stack.rank)
-    m = c[:, None] * (root @ found.vectors) / found.values.sqrt()  # (R, r): U = B m
-    n = (found.vectors.T @ t) / found.values[:, None]  # (r, R): Vᵀ = n A
-    u = torch.zeros(len(stack.parts[0].b), len(found.values), dtype=torch.float64)
-    vt = torch.zeros(len(found.values), stack.parts[0].a.shape[1], dtype=torch.float64)
-    start = 0
-    for part in stack.parts:
-        here = slice(start, start + part.rank)
-        u.addmm_(part.b.double(), m[here])
-        vt.addmm_(n[:, here], part.a.double())
-        start += part.rank
-    return Singular(u, found.values, vt, float((gram_a * gram_b).sum()), found.most)
+    grams = _Grams.of(stack, torch.float64)
+    finite(grams.floor)
+    root = spectrum.root(grams.a)  # (R, k)
+    found = leading(spectrum.sandwich(root, grams.b), rank, grams.total, grams.floor)
+    return _triplets(stack, grams, root @ found.vectors, found.most)
 
 
 def quick(stack: Stack, rank: int) -> Singular | None:
-    """Singular triplets within a hair of the best, or none where float32 cannot prove it; scratch 5 R² float32.
+    """Singular triplets within a hair of the best, or none where float32 cannot prove it; scratch 6 R² float32.
 
-    The directions are found on the float32 Gram matrices, by subspace iteration; then W is projected on them, so that the
-    triplets and what they hold are those of W itself. A float32 Gram matrix resolves no singular value below some 3·10⁻⁴
-    of the largest, nor energies below NOISE of the whole: what needs more is left to the exact method.
+    A float32 Gram matrix resolves no singular value below some 3·10⁻⁴ of the largest, nor energies below NOISE of the whole:
+    what needs more is left to the exact method.
     """
-    b = torch.cat([part.b.float() for part in stack.parts], dim=1)
-    a = torch.cat([part.a.float() for part in stack.parts])
-    high = stack.c.float()
-    low = (stack.c - high).float()
-    # In two parts: a weight that is rounded once for all of a direction's numbers shifts every energy the same way.
-    a = (a * high[:, None]).addcmul_(a, low[:, None])
-    gram_a, gram_b = spectrum.gram([a], torch.float32), spectrum.gram([b.T], torch.float32)
-    own = torch.stack([gram_a.diagonal(), gram_b.diagonal()]).double()
-    if not bool(((own > FLOAT32_SQUARES[0]) & (own < FLOAT32_SQUARES[1])).all()) or (root := spectrum.cholesky(gram_a, LIFT)) is None:
+    grams = _Grams.of(stack, torch.float32)
+    own = torch.stack([grams.a.diagonal(), grams.b.diagonal()])
+    if not within_float32(own) or (root := spectrum.cholesky(grams.a, LIFT)) is None:
         return None
-    total, floor = float((gram_a.double() * gram_b.double()).sum()), float(own.prod(dim=0).sum())
-    core = root.T @ (gram_b @ root)
-    found = spectrum.certified(core, rank, OPERATOR_NOISE * max(floor, float(core.norm())))
-    if found is None:
+    core = spectrum.sandwich(root, grams.b)
+    allowed = a_hair(grams.total, blur=NOISE * max(grams.total, grams.floor))
+    noise = OPERATOR_NOISE * max(grams.floor, float(core.norm()))
+    near = spectrum.certified(core, rank, width=rank + spectrum.EXTRA, noise=noise, allowed=allowed)
+    if near is None:
         return None
-    q = _orthonormal(b @ (root @ found.vectors))  # (n_out, s)
-    projected = (q.T @ b) @ a  # (s, n_in)
-    inner = spectrum.exact(spectrum.gram([projected], torch.float64), rank)
-    if not spectrum.within_a_hair(float(inner.values.sum()), found.most + NOISE * max(total, floor), total):
-        return None
-    turn = inner.vectors.float()
-    vt = (turn.T @ projected) / inner.values.sqrt().float()[:, None]
-    return Singular(q @ turn, inner.values, vt, total, max(found.most, float(inner.values.sum())))
+    found = _triplets(stack, grams, root @ near.vectors[:, :rank], near.most)
+    kept = float(found.squares.sum())
+    return found if found.most - kept <= allowed(kept) else None
 
 
-def _orthonormal(y: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of y, which are nearly orthogonal: float32, from a float64 Gram matrix."""
-    inner = spectrum.gram([y.T], torch.float64)
-    t = inner.diagonal().rsqrt()
-    values, vectors = torch.linalg.eigh(t[:, None] * inner * t)
-    basis: Tensor = y @ (t[:, None] * vectors / values.sqrt()).float()
-    return basis
+def leading(matrix: Tensor, rank: int, total: float, floor: float) -> spectrum.Leading:
+    """The largest eigenvalues of a float64 Gram matrix: proved to be nearly exact where few of many are wanted, else exact.
 
-
-def folded(w: Sum, rank: int) -> Singular:
-    """Singular triplets of the dense sum, from the Gram matrix of its smaller side; one block of terms in memory.
-
-    Blocks of large sums are multiplied in float32: what that adds to the error is some 10⁻⁸ of ‖W‖, as rounding the result does.
+    Those that do not stand out of rounding are left out. `floor` is the sum of the directions' own energies: where they
+    cancel, rounding is as large as they were, not as W is.
     """
-    dense = torch.zeros(w.shape, dtype=torch.float64)
-    large = w.rank * w.shape[0] * w.shape[1] >= LARGE
-    floor = 0.0
-    block: list[tuple[Tensor, Tensor]] = []
-    for number, term in enumerate(w.terms, start=1):
-        part, c = term.load(w.shape), term.weights()
-        b, a = part.b.double() * c, part.a.double()
-        own = finite(float((b.square().sum(dim=0) * a.square().sum(dim=1)).sum()))
-        floor += own
-        large = large and FLOAT32_SQUARES[0] < own < FLOAT32_SQUARES[1]
-        block.append((b, a))
-        if number == len(w.terms) or sum(len(a) for _, a in block) >= BLOCK:
-            _add(
-                dense, torch.cat([b for b, _ in block], dim=1), torch.cat([a for _, a in block]), torch.float32 if large else torch.float64
-            )
-            block.clear()
-    wide = w.shape[0] <= w.shape[1]
-    side = dense if wide else dense.T  # its rows are the smaller side
-    found = _leading(spectrum.gram([side], torch.float64), rank, floor)
-    v = found.vectors
-    other = (v / found.values.sqrt()).T @ side
-    u, vt = (v, other) if wide else (other.T, v.T)
-    return Singular(u, found.values, vt, float(dense.square().sum()), found.most)
-
-
-def _add(dense: Tensor, b: Tensor, a: Tensor, dtype: torch.dtype) -> None:
-    """dense += b a, multiplied in that dtype, some rows at a time."""
-    right = a.to(dtype)
-    for start in range(0, len(b), BLOCK):
-        rows = slice(start, start + BLOCK)
-        dense[rows] += b[rows].to(dtype) @ right
-
-
-def _leading(gram: Tensor, rank: int, floor: float) -> spectrum.Leading:
-    """The largest eigenvalues: with a proof where few of many are wanted, otherwise of a full decomposition."""
-    if len(gram) >= 4 * (rank + spectrum.EXTRA):
-        noise = spectrum.tolerance(len(gram)) * max(floor, float(gram.norm()))
-        if (found := spectrum.certified(gram, rank, noise)) is not None:
-            return _above(spectrum.Leading(found.values[:rank], found.vectors[:, :rank], found.most), floor, len(gram))
-    return _above(spectrum.exact(gram, rank), floor, len(gram))
-
-
-def _above(found: spectrum.Leading, floor: float, size: int) -> spectrum.Leading:
-    """The eigenvalues that stand out of rounding.
-
-    `floor` is the sum of the terms' own energies: where terms cancel, rounding is as large as they were, not as W is.
-    """
+    width, found = max(2 * rank, rank + spectrum.EXTRA), None
+    if len(matrix) >= 3 * width:
+        noise = spectrum.tolerance(len(matrix)) * max(floor, float(matrix.norm()))
+        near = spectrum.certified(matrix, rank, width=width, noise=noise, allowed=_nothing(total))
+        found = near and spectrum.Leading(near.values[:rank], near.vectors[:, :rank], near.most)
+    found = found or spectrum.exact(matrix, rank)
     largest = float(found.values[0]) if len(found.values) else 0.0
-    live = found.values > spectrum.tolerance(size) * max(largest, floor)
+    live = found.values > spectrum.tolerance(len(matrix)) * max(largest, floor)
     return spectrum.Leading(found.values[live], found.vectors[:, live], found.most)
+
+
+def _triplets(stack: Stack, grams: _Grams, x: Tensor, most: float) -> Singular:
+    """The singular triplets of W projected on the columns of B C x, for x (R, k).
+
+    Their squared singular values are the eigenvalues λ of the pencil (Nᵀ AAᵀ N, xᵀ N) with N = C BᵀB C x, whose vectors
+    v give  U = B (C x v)  and  Vᵀ = (vᵀ Nᵀ / √λ) A:  the projection is W's own, whatever the columns are.
+    """
+    n = grams.b @ x
+    inner, outer = x.double().T @ n.double(), n.double().T @ (grams.a @ n).double()
+    values, v = pencil(outer, inner)
+    x, n = x @ v.to(x.dtype), n @ v.to(x.dtype)
+    roots = values.pow(0.25).to(x.dtype)
+    b = product(stack.b, stack.c[:, None].to(x.dtype) * x * roots)
+    a = product(stack.a.T, n / roots).T.contiguous()
+    return Singular(b, a, values, grams.total, max(most, float(values.sum())))
+
+
+def pencil(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """λ, falling, and v with outer v = inner v λ and vᵀ inner v = 1; outer, inner: (k, k) float64.
+
+    Columns that depend on others are left out: those are rounding.
+    """
+    t = inner.diagonal().rsqrt()
+    values, turn = torch.linalg.eigh(t[:, None] * inner * t)
+    live = values > DEPENDENT
+    white = t[:, None] * (turn[:, live] / values[live].sqrt())
+    values, v = torch.linalg.eigh(white.T @ outer @ white)
+    return values.flip(0), white @ v.flip(1)
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x y in y's dtype for a long x (n, R), which is widened some rows at a time; x's dtype is what it is kept in."""
+    if x.dtype == y.dtype:
+        return x @ y
+    found = torch.empty(len(x), y.shape[1], dtype=x.dtype)
+    rows = max(1, spectrum.CHUNK // (y.itemsize * max(1, len(y))))
+    for start in range(0, len(x), rows):
+        found[start : start + rows] = x[start : start + rows].to(y.dtype) @ y
+    return found
+
+
+def a_hair(total: float, blur: float = 0.0) -> spectrum.Allowed:
+    """What is left out is at most 1 + HAIR times what any choice would leave out; energies are known to ± blur."""
+    return lambda kept: HAIR / (1 + HAIR) * (total - kept) - blur
+
+
+def _nothing(total: float) -> spectrum.Allowed:
+    """‖W − W_kept‖ exceeds the least of all errors by at most EXACT · ‖W‖, and the squares by this."""
+    return lambda kept: EXACT * (total * max(0.0, total - kept)) ** 0.5
+
+
+def within_float32(squares: Tensor) -> bool:
+    """Whether all of them keep their digits in float32."""
+    least, largest = FLOAT32_SQUARES
+    return bool(((squares > least) & (squares < largest)).all())
 
 
 def finite(number: float) -> float:
