@@ -128,9 +128,15 @@ class Experiment(Strict):
         return sorted({kind.rank for kind in self.classes})
 
     def digest(self, contestant: Contestant) -> str:
-        """Names everything that the contestant's results follow from, but the seed and the model's bytes."""
+        """Names everything that the file says of the contestant's runs, but the seed.
+
+        What it leaves to defaults is not named, so that a new option of plans voids no results.
+        """
         asked = {"name", "question", "not_shown", "seeds", "budget_minutes", "contestants", "reference", "targets"}
-        told = [self.model_dump(mode="json", exclude=asked), contestant.model_dump(mode="json", exclude={"name"})]
+        told = [
+            self.model_dump(mode="json", exclude=asked, exclude_unset=True),
+            contestant.model_dump(mode="json", exclude={"name"}, exclude_unset=True),
+        ]
         return "sha256:" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
