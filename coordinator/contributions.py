@@ -125,13 +125,18 @@ def products(round: ModuleRound, weights: Weights) -> list[Term]:
 def changes(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[Term]:
     """Step · Σ w γ (s b a − s₀ b₀ a₀); those who were given the same file share one term for it."""
     pairs = _counted(round, weights, step)
+    return [Term(c.factors, w * c.scale) for c, w in pairs] + _starts(pairs)
+
+
+def _starts(pairs: Sequence[tuple[Contribution, Tensor]]) -> list[Term]:
+    """− Σ w s₀ b₀ a₀, a term for each file."""
     files: dict[str, list[tuple[Contribution, Tensor]]] = {}
     for c, w in pairs:
         files.setdefault(c.given.digest, []).append((c, w))
-    return [Term(c.factors, w * c.scale) for c, w in pairs] + [_started(users) for users in files.values()]
+    return [_start(users) for users in files.values()]
 
 
-def _started(users: Sequence[tuple[Contribution, Tensor]]) -> Term:
+def _start(users: Sequence[tuple[Contribution, Tensor]]) -> Term:
     """− Σ w s₀ b₀ a₀ of those who were given the same file, up to its last direction that anybody trained."""
     file, last = users[0][0].given, 1 + max(int(c.positions.max()) for c, _ in users)
     weights = torch.stack([_spread(c, w) for c, w in users]).sum(dim=0)[:last]
@@ -146,8 +151,11 @@ def additions(round: ModuleRound, weights: Weights, step: float = 1.0) -> list[T
 def moved(round: ModuleRound, weights: Weights, step: float = 1.0) -> Tensor:
     """Step · Σ w γ (s b − s₀ b₀), each direction at its position: (n_out, directions of the adapter) float64."""
     b = torch.zeros(round.shape[0], round.adapter.rank, dtype=torch.float64)
-    for c, w in _counted(round, weights, step):
-        b[:, c.positions] += w * (c.scale * _load(c.factors, round).b.double() - c.given.scale * c.started(round.shape).b.double())
+    pairs = _counted(round, weights, step)
+    for c, w in pairs:
+        b[:, c.positions] += w * c.scale * _load(c.factors, round).b.double()
+    for start in _starts(pairs):
+        b[:, : start.factors.rank] += start.weights() * start.load(round.shape).b.double()
     return b
 
 

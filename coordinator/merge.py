@@ -164,6 +164,12 @@ def _opened(blobs: Blobs, input: Input) -> SliceReader:
         raise errors.MismatchedSlice(
             f"{input.digest} says rank {label.rank} and scale {label.scale}; {input.rank} and {input.scale} were recorded"
         )
+    held = open_slice(blobs, input.base).header.label.rank
+    named = range(held) if input.directions is None else input.directions
+    if len(named) != input.rank or len(set(named)) < len(named) or not all(0 <= i < held for i in named):
+        raise errors.MismatchedSlice(
+            f"{input.digest} has rank {input.rank} and is said to have trained {len(named)} of {held} directions, first {list(named)[:20]}"
+        )
     return reader
 
 

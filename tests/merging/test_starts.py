@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,6 +104,20 @@ def test_the_next_adapter_is_the_best_of_the_whole_one_and_the_changes(strategy:
             start = given.label.scale * (old.b.double() @ old.a.double())
             wanted = wanted + input.weight / total * input.shrink * (update(sent, module) - start)
         assert torch.allclose(update(after, module), best(wanted, plan.global_rank), rtol=0, atol=2e-6 * float(wanted.norm()))
+
+
+@pytest.mark.parametrize("strategy", [*FROM_ALL, *OWN_FACTORS])
+def test_bytes_depend_on_contents_alone(strategy: str, blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan(strategy, cap=CAP, wire=Dtype.bfloat16))
+    assert merge(replace(task, inputs=task.inputs[::-1]), blobs, "threads://3") == merge(task, blobs)
+
+
+@pytest.mark.parametrize("directions", [None, (0,), (0, 0), (0, CAP), (-1, 0), (0, 1, 2)])
+def test_directions_that_nobody_can_have_trained_are_refused(directions: tuple[int, ...] | None, blobs: Blobs) -> None:
+    _, task = second_round(blobs, make_plan("rotating", cap=CAP))
+    two = next(input for input in task.inputs if input.rank == 2)
+    with pytest.raises(errors.MismatchedSlice, match=f"{two.digest} has rank 2 and is said to have trained"):
+        merge(replace(task, inputs=(replace(two, directions=directions),)), blobs)
 
 
 def test_ffa_sends_b_alone_and_never_leaves_the_first_rows_of_a(blobs: Blobs) -> None:
