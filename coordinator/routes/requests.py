@@ -16,8 +16,8 @@ from protocol import errors
 bearer = HTTPBearer(auto_error=False, description="admin or viewer token, enrolment token, or client credential")
 
 
-def context(request: Request) -> Context:
-    """The coordinator's parts, put on the application when it was made: no lifespan is needed to find them."""
+async def context(request: Request) -> Context:
+    """The coordinator's parts, put on the application when it was made: no lifespan is needed to find them, and, `async`, no thread."""
     found = request.app.state.context
     assert isinstance(found, Context)
     return found
