@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Group, RenderableType
 
-from admin import words
+from admin import energies, words
 from admin.command import AsJson, answer, connect, facts, group, table
 from admin.naming import Run, run_id
 from protocol.states import JobKind
@@ -34,7 +34,7 @@ def show(
     attempt: Annotated[int | None, typer.Option(help="by default the last", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One round: jobs, ranks and why, weights, bytes, seconds, metrics, kept energy, and what its bytes follow from."""
+    """One round: jobs, ranks and why, weights, bytes, seconds, metrics, what its bytes follow from, and the energy that each rank keeps."""
     with connect(ctx) as client:
         id = run_id(client, run)
         if number is None:
@@ -42,8 +42,9 @@ def show(
         found = client.round(id, number, attempt)
     parts: list[RenderableType] = [facts(_standing(found))]
     parts += ["", _jobs(found.jobs)] if found.jobs else []
-    parts += ["", _energy(found)] if found.energy else []
+    parts += ["", energies.by_rank(found)] if found.energy else []
     parts += ["", _manifest(found.manifest)] if found.manifest else []
+    parts += ["", energies.by_module(found)] if found.energy else []
     answer(found, as_json, Group(*parts))
 
 
@@ -135,15 +136,6 @@ def _job(job: JobView) -> tuple[str, ...]:
         words.metrics({name: metric.value for name, metric in job.metrics.items()}),
         job.reason or (f"merged into round {job.counted_in}, {job.staleness} versions later" if job.staleness else ""),
     )
-
-
-def _energy(found: RoundView) -> RenderableType:
-    """Kept energy by rank, over all modules and in the module that loses most."""
-    rows = []
-    for rank, whole in sorted(found.kept_energy.items()):
-        worst = min(found.energy, key=lambda module: found.energy[module].kept.get(rank, 1.0))
-        rows.append((str(rank), words.share(whole), words.share(found.energy[worst].kept.get(rank)), worst))
-    return table("rank", "kept energy", "least", "in module", rows=rows, right=["rank", "kept energy", "least"])
 
 
 def _manifest(manifest: Manifest) -> RenderableType:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from admin.__main__ import app
-from admin.words import digest
+from admin.words import digest, size
 from coordinator import retention
 from protocol.messages import Enrol, Enrolled
 from protocol.plan import Plan
@@ -173,6 +173,33 @@ async def test_a_round_shows_what_its_bytes_follow_from_and_whether_they_were_gi
     assert "given up" not in before
     assert "given up       contributions and slices, by the retention policy; the adapter stays" in after
     assert digest(manifest.inputs[0].digest) in after
+
+
+async def test_a_round_shows_what_each_rank_leaves_out_of_each_module_and_how_far_that_may_be_from_the_least(
+    desk: Desk, plan_file: Path
+) -> None:
+    run = await play(desk, plan_file)
+    found = RoundView.model_validate(desk.tell("rounds", "show", run, 2))
+    lines = [line.split() for line in desk.say("rounds", "show", run, 2).splitlines()]
+    assert set(found.energy) == set(LAYOUT.modules)
+    for module, energy in found.energy.items():
+        assert sorted(energy.kept) == [2, 4]
+        assert 0 < energy.kept[2] < energy.kept[4] < 1
+        lost = [f"{100 * (1 - energy.kept[rank]):.3g}" for rank in (2, 4)]
+        assert [module, f"{energy.total**0.5:.4g}", str(energy.stacked_rank), lost[0], "%", lost[1], "%", "is", "the", "best"] in lines
+    whole = [f"{100 * (1 - found.kept_energy[rank]):.3g}" for rank in (2, 4)]
+    assert [*lines[-3][:2], *lines[-3][4:8]] == ["all", "modules", whole[0], "%", whole[1], "%"]
+    assert ["2", f"{100 * found.kept_energy[2]:.3g}", "%", whole[0], "%"] in [line[:5] for line in lines]
+
+
+async def test_a_rounds_bytes_are_the_slices_that_came_and_those_that_were_handed_out(desk: Desk, plan_file: Path) -> None:
+    run = await play(desk, plan_file)
+    for number in (1, 2):
+        found = RoundView.model_validate(desk.tell("rounds", "show", run, number))
+        assert found.bytes_up == sum(job.slice.bytes for job in found.jobs if job.slice) > 0
+        assert found.bytes_down == sum(job.usage.download_bytes for job in found.jobs if job.usage)
+        said = desk.say("rounds", "show", run, number)
+        assert f"{size(found.bytes_up)} up, {size(found.bytes_down)} down" in said
 
 
 async def test_an_untrained_round_has_no_jobs_and_loses_nothing(desk: Desk, plan_file: Path) -> None:

@@ -22,11 +22,11 @@ from tests.modelling.drawn import CLASSES, CONTINUE, drawn_slice, tiny_plan
 IDS = torch.tensor([[2, 17, 31, 60, 200, 3]])
 
 
-def pulled(plan: Plan, slice: Slice, out: Path) -> Path:
+def pulled(plan: Plan, slice: Slice, out: Path, kept: float | None = None) -> Path:
     """The PEFT folder that the coordinator makes of a global adapter."""
     assert plan.layout is not None
     whole = slices.pack(slice, plan.layout, Dtype.float32)
-    for name, data in files(plan, Facts(run="tiny", round=1, metrics={}), whole, Wanted(slice.label.rank)).items():
+    for name, data in files(plan, Facts(run="tiny", round=1, metrics={}), whole, Wanted(slice.label.rank, kept)).items():
         out.mkdir(exist_ok=True)
         (out / name).write_bytes(data)
     return out
@@ -50,8 +50,12 @@ def test_a_loaded_adapter_gives_the_logits_that_the_federation_gave(plan: Plan, 
 
 
 @torch.no_grad()
-def test_a_merged_model_needs_no_peft_and_computes_the_same(plan: Plan, tmp_path: Path) -> None:
-    folder = pulled(plan, drawn_slice(plan, 4, 1.0), tmp_path / "adapter")
+@pytest.mark.parametrize("kept", [None, 0.6])
+def test_a_merged_model_needs_no_peft_and_computes_the_same_also_where_modules_have_ranks_of_their_own(
+    plan: Plan, kept: float | None, tmp_path: Path
+) -> None:
+    folder = pulled(plan, drawn_slice(plan, 4, 1.0), tmp_path / "adapter", kept)
+    assert bool(json.loads((folder / "adapter_config.json").read_text())["rank_pattern"]) is (kept is not None)
     merge_into_base(folder, tmp_path / "merged")
     family = AutoModelForSequenceClassification if plan.task == CLASSES else AutoModelForCausalLM
     merged, loading = family.from_pretrained(tmp_path / "merged", output_loading_info=True)
