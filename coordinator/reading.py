@@ -23,6 +23,7 @@ from protocol.slices import SCALES, WIRE_NAMES, Entry, Factors, Header, decode, 
 LARGEST_HEADER = 32 << 20  # bytes; the largest layout that a plan can have needs less
 FIRST = 1 << 16  # bytes of a blob with which its header comes in one request, unless there are hundreds of modules
 AHEAD = 8  # contributions that are read at the same time, from far
+BLOCK = 1 << 18  # bytes of a tensor that are looked at in one go
 Read = Callable[[int, int], bytearray]  # bytes start … stop − 1
 
 
@@ -59,6 +60,17 @@ class SliceReader:
         """One fully trained tensor of a trained slice. Raises what `trained_factors` raises."""
         sent = self._tensors(f"full/{name}")
         return sent[f"full/{name}"] if len(sent) == 1 else _restored(sent, f"full/{name}", start())
+
+    def check_full(self, name: str, start: Callable[[], Tensor]) -> None:
+        """Look at one fully trained tensor of a trained slice, a block at a time. Raises NonFiniteSlice, and as `trained_full`."""
+        entry = self.header.entries.get(f"full/{name}")
+        if entry is None or entry.dtype == WIRE_NAMES[Dtype.int8]:
+            check_finite(f"full/{name}", self.trained_full(name, start))
+            return
+        for first in range(entry.start, entry.stop, BLOCK):
+            last = min(first + BLOCK, entry.stop)
+            numbers = replace(entry, shape=(-1,), start=first, stop=last)
+            check_finite(f"full/{name}", seen(memoryview(self.read(first, last)), numbers))
 
     def _tensors(self, *names: str) -> dict[str, Tensor]:
         """These tensors, and the scales of those that have some; neighbours in one read."""

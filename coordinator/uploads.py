@@ -1,7 +1,9 @@
 """A slice on its way in: spooled to disk while it is counted and hashed, then checked before it may count.
 
 Nothing of it is believed: its length is bounded by what the job asked for, its header is read with limits, and its
-numbers are looked at one tensor at a time. A body that ends early is not lost: what came of it is there, with the reason.
+numbers are looked at a block at a time. A body that ends early is not lost: what came of it is there, with the reason.
+
+However many send at once, a few are hashed, written and checked at a time. Of the others the next bytes wait, not a slice.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ import asyncio
 import base64
 import binascii
 import hashlib
+import os
 import re
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from fastapi.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import RunVar
 from starlette.requests import ClientDisconnect
 
 from coordinator.blobs import Blobs
@@ -29,7 +33,9 @@ from coordinator.stores import room
 from protocol import checks, errors
 from protocol.slices import Factors
 
-BATCH = 1 << 18  # bytes of a body that are collected in memory before they are written
+T = TypeVar("T")
+BATCH = 1 << 17  # bytes of a body that are collected in memory before they are written
+_hands: RunVar[CapacityLimiter] = RunVar("hands")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,15 @@ def _spool(folder: Path) -> Iterator[_Spool]:
             Path(name).unlink(missing_ok=True)
 
 
+async def in_turn(work: Callable[[], T]) -> T:
+    """What the work gives, done in a thread when it is its turn: two at a time for each core, one of which may wait for the disk."""
+    try:
+        hands = _hands.get()
+    except LookupError:
+        _hands.set(hands := CapacityLimiter(2 * (os.cpu_count() or 1)))
+    return await to_thread.run_sync(work, limiter=hands)
+
+
 @asynccontextmanager
 async def receive(
     stream: AsyncIterator[bytes], folder: Path, *, largest: int, announced: int | None, stall: float
@@ -85,7 +100,7 @@ async def receive(
         raise errors.TooLarge(f"the body is announced with {announced} bytes; at most {largest} may come", largest=largest)
     with _spool(folder) as spool:
         fault = await _fill(spool, stream, largest, announced, stall)
-        yield await run_in_threadpool(spool.end, fault)
+        yield await in_turn(partial(spool.end, fault))
 
 
 async def _fill(spool: _Spool, stream: AsyncIterator[bytes], largest: int, announced: int | None, stall: float) -> errors.HLoRAError | None:
@@ -100,13 +115,13 @@ async def _fill(spool: _Spool, stream: AsyncIterator[bytes], largest: int, annou
             batch.append(chunk)
             size += len(chunk)
             if size >= BATCH:
-                await run_in_threadpool(spool.write, batch)
+                await in_turn(partial(spool.write, batch))
                 batch, size = [], 0
     except TimeoutError:
         fault = errors.StalledBody(f"no byte came for {stall:g} seconds, after {came}; send the rest, or all of it again")
     except ClientDisconnect:
         fault = errors.TruncatedBody(f"the connection ended after {came} bytes; send the rest, or all of it again")
-    await run_in_threadpool(spool.write, batch)
+    await in_turn(partial(spool.write, batch))
     if fault is None and announced is not None and came != announced:
         fault = errors.TruncatedBody(f"{came} bytes came, {announced} were announced; send the rest, or all of it again")
     return fault
@@ -185,7 +200,7 @@ def check(spooled: Spooled, wanted: Upload, blobs: Blobs) -> float:
 
         checks.check_header(trained.header, expected)
         for name in expected.layout.full:
-            checks.check_finite(f"full/{name}", trained.trained_full(name, partial(given.full, name)))
+            trained.check_full(name, partial(given.full, name))
         norm = checks.check_change(new, old, expected)
     if wanted.bound is not None and norm > wanted.bound:
         raise errors.ExcessiveChange(f"the change's norm is {norm:.6g}; the plan allows {wanted.bound:g}", norm=norm, bound=wanted.bound)

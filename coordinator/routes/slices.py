@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
@@ -23,6 +24,7 @@ from protocol.crash import Point
 from protocol.messages import SliceReceipt
 from protocol.strict import Digest
 
+PIECE = 1 << 18  # bytes of a blob read at a time: of each fetch under way two are in memory
 router = APIRouter(prefix="/v1", tags=["agents"])
 HELD = (*COMMON, errors.NotFound, errors.StaleLease, errors.JobOver, errors.Conflict)
 SENT = (
@@ -67,7 +69,7 @@ async def put_slice(
         if spooled.fault is not None:
             raise spooled.fault
         uploads.check_digest(spooled, announced)
-        return await _name(context, await run_in_threadpool(_store, context, sender, wanted, spooled))
+        return await _name(context, await uploads.in_turn(partial(_store, context, sender, wanted, spooled)))
 
 
 @router.head(
@@ -116,9 +118,9 @@ async def patch_slice(
     largest = min(parts.LONGEST, whole.length - upload_offset)
     async with _receive(request, context, largest, content_length) as spooled:
         if upload_offset + spooled.length == whole.length:
-            stored = await run_in_threadpool(_finish, context, sender, wanted, whole, spooled)
+            stored = await uploads.in_turn(partial(_finish, context, sender, wanted, whole, spooled))
             return SliceReceipt(digest=whole.digest, bytes=whole.length) if stored is None else await _name(context, stored)
-        offset = await run_in_threadpool(_keep, context, sender, whole, upload_offset, spooled)
+        offset = await uploads.in_turn(partial(_keep, context, sender, whole, upload_offset, spooled))
         if spooled.fault is not None:
             raise type(spooled.fault)(spooled.fault.detail, offset=offset, length=whole.length)
     return Response(status_code=204, headers={"Upload-Offset": str(offset)})
@@ -233,7 +235,7 @@ def get_blob(
     if (start, stop) != (0, size):
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     headers["Content-Length"] = str(stop - start)
-    body = context.blobs.chunks(digest, start, stop)
+    body = context.blobs.chunks(digest, start, stop, PIECE)
     code = 206 if "Content-Range" in headers else 200
     return StreamingResponse(body, status_code=code, headers=headers, media_type="application/octet-stream")
 
