@@ -6,6 +6,7 @@ is decided on Gram matrices of the stacked factors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,26 +67,34 @@ def _singular(w: Sum, rank: int) -> truncation.Singular:
 
 
 def _written(found: truncation.Singular, stacked_rank: int) -> Truncation:
-    b, a = _signed(found.b, found.a)
-    b, a = b.float(), a.float()
-    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
+    b, a = found.b.float(), found.a.float()
+    if not (_finite(b) and _finite(a)):
         raise errors.NonFiniteSlice("the merged factors are larger than float32 can hold")
+    b, a = _signed(b, a)
     total = found.total if len(found.squares) else 0.0
     short = max(0.0, found.most - float(found.squares.sum())) / total if total > 0 else 0.0
     return Truncation(b=b, a=a, s=found.squares.sqrt(), total=total, stacked_rank=stacked_rank, short=short)
 
 
+def _finite(x: Tensor) -> bool:
+    return not x.numel() or (math.isfinite(float(x.amax())) and math.isfinite(float(x.amin())))
+
+
 def _signed(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     if not b.shape[1]:
         return b, a
-    largest = b.gather(0, b.abs().argmax(dim=0, keepdim=True)).squeeze(0)  # argmax gives the first of equals
-    signs = torch.where(largest < 0, -1.0, 1.0).to(b.dtype)
+    signs = b.amax(dim=0) + b.amin(dim=0)  # of the larger of both; many times quicker than to ask where it is
+    if bool((tied := signs == 0).any()):
+        first = b[:, tied].abs().argmax(dim=0, keepdim=True)
+        signs[tied] = b[:, tied].gather(0, first).squeeze(0)
+    signs = torch.where(signs < 0, -1.0, 1.0)
     return b * signs, signs[:, None] * a
 
 
 def pad(factors: Factors, rank: int) -> Factors:
     """The factors with zero directions up to that rank."""
-    missing = max(0, rank - factors.rank)
+    if (missing := rank - factors.rank) <= 0:
+        return factors
     b = torch.nn.functional.pad(factors.b, (0, missing))
     a = torch.nn.functional.pad(factors.a, (0, 0, 0, missing))
     return Factors(b=b, a=a)
@@ -100,15 +109,21 @@ def cut(adapter: Factors, rank: int, scale: float, split: Split | None, fresh: T
     a pair of which both sides are zero has no gradient, for ever.
     """
     whole = pad(adapter, rank)
-    b, a = whole.b[:, :rank].double(), whole.a[:rank].double()
-    left, right = _split(b, a, scale, split)
+    b, a = whole.b[:, :rank], whole.a[:rank]
+    left, right = (x.to(b.dtype) for x in _split(b, a, scale, split))
     b, a = (b * left).to(dtype), (right[:, None] * a).to(dtype)
-    dead = ~((b != 0).any(dim=0) | (a != 0).any(dim=1))
-    return Factors(b=b, a=torch.where(dead[:, None], fresh[:rank].to(dtype), a))
+    if bool((dead := _zero(b.T) & _zero(a)).any()):
+        a = torch.where(dead[:, None], fresh[:rank].to(dtype), a)
+    return Factors(b=b, a=a)
+
+
+def _zero(x: Tensor) -> Tensor:
+    """Which rows are nothing but zeros."""
+    return (x.amax(dim=1) == 0) & (x.amin(dim=1) == 0)
 
 
 def _split(b: Tensor, a: Tensor, scale: float, split: Split | None) -> tuple[Tensor, Tensor]:
-    """Factors for the columns of b and the rows of a, (r,) each; their products are 1 / scale."""
+    """Factors for the columns of b and the rows of a, (r,) each, float64; their products are 1 / scale."""
     match split:
         case Split.balanced:
             root = torch.full((len(a),), scale**-0.5, dtype=torch.float64)
@@ -125,5 +140,5 @@ def _split(b: Tensor, a: Tensor, scale: float, split: Split | None) -> tuple[Ten
 
 def _lengths(x: Tensor) -> Tensor:
     """The columns' lengths, one where a column is zero."""
-    found = x.norm(dim=0)
+    found = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
     return torch.where(found > 0, found, 1.0)

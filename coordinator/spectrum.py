@@ -129,8 +129,11 @@ def certified(matrix: Tensor, rank: int, *, width: int, noise: float, allowed: A
     for _ in range(LOOKS):
         for _ in range(STEPS):
             z, _r = torch.linalg.qr(rough @ z)
-        z = _ritz(z, rough @ z)
-        values, w, y = _refined(matrix, z[:, : rank + EXTRA])
+        y = z
+        if matrix.dtype == torch.float64:  # one step more, of those that count
+            _values, _w, z = _ritz(rough, z)
+            y, _r = torch.linalg.qr(matrix @ z[:, : rank + EXTRA].double())
+        values, w, y = _ritz(matrix, y)
         g = w - y * values.to(y.dtype)
         for mu, most in bounds(values, g, rank, noise=noise, allowed=allowed):
             if _below(mu - noise, matrix, y, values, g):
@@ -142,20 +145,18 @@ def bounds(values: Tensor, g: Tensor, rank: int, *, noise: float, allowed: Allow
     """Bounds μ of all that is not followed, each with the most that the `rank` largest eigenvalues then sum to, if that is allowed.
 
     values: the followed eigenvalues, (k,) float64, falling; g: what the matrix makes of their vectors beyond themselves, (n, k).
-    In the basis [z, rest], M = [[Θ, Gᵀ], [G, Z]], and where Z < μ this is at most [[Θ, Gᵀ], [G, μ]], whose eigenvalues but μ are
-    those of [[Θ, Rᵀ], [R, μ]] with G = Q R. First a μ between the last that is wanted and the last that is followed; then the
-    largest that is allowed, for spectra that hardly fall.
-    Source: Weyl's monotonicity and Ky Fan's sum (Horn and Johnson, Matrix Analysis, chapter 4).
+    In the basis [z, rest], M = [[Θ, Gᵀ], [G, Z]]. Where Z < μ, an eigenvalue λ > μ of M is at most the same one of
+    [[Θ, Gᵀ], [G, μ]], which is one of Θ + GᵀG / (λ − μ), and this falls with λ: above a level t > μ none is larger than that of
+    Θ + GᵀG / (t − μ). First with t at the last that is wanted and μ between that and the last that is followed; then both as
+    high as is allowed, for spectra that hardly fall.
+    Source: Weyl's monotonicity, Haynsworth's inertia and Ky Fan's sum (Horn and Johnson, Matrix Analysis, chapters 4 and 7).
     """
     kept, theta, last = float(values[:rank].sum()), float(values[rank - 1]), float(values[-1])
-    room = allowed(kept)
-    r = torch.linalg.qr(g.double(), mode="r").R
-    for mu in ((theta + last) / 2, theta + room / (2 * rank)):
-        if mu > noise and abs(theta - mu) > noise:
-            bordered = torch.cat(
-                [torch.cat([values.diag(), r.T], dim=1), torch.cat([r, mu * torch.eye(len(r), dtype=torch.float64)], dim=1)]
-            )
-            most = float(torch.linalg.eigvalsh(bordered)[-rank:].sum())
+    room, coupled = allowed(kept), (g.T @ g).double()
+    for mu, level in (((theta + last) / 2, theta), (theta + room / (4 * rank), theta + room / (2 * rank))):
+        if min(mu, level - mu) > noise:
+            highest = torch.linalg.eigvalsh(values.diag() + coupled / (level - mu))[-rank:]
+            most = float(highest.clamp(min=level).sum())
             if most - kept <= room:
                 yield mu, most
 
@@ -166,21 +167,12 @@ def start(size: int, width: int) -> Tensor:
     return torch.randn(size, width, generator=torch.Generator().manual_seed(0))
 
 
-def _ritz(z: Tensor, w: Tensor) -> Tensor:
-    """The eigenvectors (n, k) of M within the span of orthonormal z (n, k), given w = M z; eigenvalues falling."""
-    _values, turn = torch.linalg.eigh((z.T @ w).double())
-    found: Tensor = z @ turn.flip(1).to(z.dtype)
-    return found
-
-
-def _refined(matrix: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues, M y and y within the span of z, or of M z in float64, where float32 has done all that it can."""
-    if matrix.dtype == torch.float64:
-        z, _r = torch.linalg.qr(matrix @ z.double())
+def _ritz(matrix: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (k,) float64, falling, M y and the vectors y (n, k) of M within the span of orthonormal z (n, k)."""
     w = matrix @ z
     values, turn = torch.linalg.eigh((z.T @ w).double())
-    values, turn = values.flip(0), turn.flip(1).to(z.dtype)
-    return values, w @ turn, z @ turn
+    turn = turn.flip(1).to(z.dtype)
+    return values.flip(0), w @ turn, z @ turn
 
 
 def _below(mu: float, matrix: Tensor, z: Tensor, values: Tensor, g: Tensor) -> bool:
