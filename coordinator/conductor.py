@@ -31,8 +31,8 @@ from protocol.errors import HLoRAError, Unavailable
 from protocol.plan import Plan
 
 log = structlog.get_logger()
-BRIEF = 0.02  # processor seconds: after a look that took more, a rest follows
-RESTS = 9.0  # times as long as the look
+SHARE = 0.1  # of a processor that looks may take: most of it is left to those who answer a fleet that calls all the time
+BRIEF = 0.03  # processor seconds that they may take at once before a rest follows
 
 
 class Conductor:
@@ -73,13 +73,16 @@ class Conductor:
         closed = threading.Event()
         merging = threading.Thread(target=self._merge_on, args=(stop, closed, longest_pause), name="merging")
         merging.start()
+        ahead, before = 0.0, time.monotonic()  # processor seconds that were taken beyond the share, up to that time
         while not stop.is_set():
             began = time.thread_time()  # not the clock: a look that waited for others to work would make them wait in turn
             self._attend(self._look)
             closed.set()
-            took = time.thread_time() - began
-            if took > BRIEF:  # a large fleet calls all the time: most of it is left to those who answer the fleet
-                stop.wait(min(longest_pause, RESTS * took))
+            now = time.monotonic()
+            ahead = max(0.0, ahead - SHARE * (now - before)) + time.thread_time() - began
+            before = now
+            if ahead > BRIEF:
+                stop.wait(min(longest_pause, (ahead - BRIEF) / SHARE))
             self._bell.await_conductor_call(min(longest_pause, outage.BEAT.total_seconds()))
         closed.set()
         merging.join()

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from coordinator import clients, leasing
 from coordinator.database import Database
+from coordinator.leasing import Glance
 from protocol import crash
 from protocol.crash import Point
 from protocol.errors import HLoRAError
@@ -61,6 +62,20 @@ class Desk:
         self._serving: asyncio.Task[None] | None = None
         self._noted: set[str] = set()
         self._noting: asyncio.Task[None] | None = None
+        self._asking: dict[str, asyncio.Future[Glance | None]] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    async def look(self, digest: str) -> Glance | None:
+        """Whose the credential of that digest is, and whether there may be work; nothing if it is no client's, or was revoked.
+
+        All who ask while one look is under way are looked up in the next one: nobody is told what was true before they asked.
+        """
+        asking = self._asking.get(digest)
+        if asking is None:
+            asking = self._asking[digest] = asyncio.get_running_loop().create_future()
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        return await asyncio.shield(asking)
 
     async def bring(self, work: Work[T, R], client: str, thing: T, point: Point | None = None) -> R:
         """What came of it, once that is committed and the crash point behind it is passed. Raises the refusal, if it was one."""
@@ -80,6 +95,22 @@ class Desk:
         self._noted.add(client)
         if self._noting is None or self._noting.done():
             self._noting = asyncio.create_task(self._write_down())
+
+    async def _look(self) -> None:
+        while self._asking:
+            asking, self._asking = self._asking, {}
+            try:
+                found = await run_in_threadpool(self._glances, list(asking))
+            except Exception as error:  # noqa: BLE001  # it is theirs who asked
+                for outcome in asking.values():
+                    outcome.set_exception(error)
+            else:
+                for digest, outcome in asking.items():
+                    outcome.set_result(found.get(digest))
+
+    def _glances(self, digests: Sequence[str]) -> dict[str, Glance]:
+        with self._database.read() as session:
+            return leasing.glances(session, digests)
 
     async def _serve(self) -> None:
         while self._standing:

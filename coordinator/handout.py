@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, Select, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import access, aggregation, cohort, events, portions, published
@@ -183,9 +183,17 @@ def _returned(job: Job, client: Client) -> bool:
 
 def at_work(session: Session, run: Run, round: Round) -> set[str]:
     """The clients that have a training job of the round; with a buffer, of the run: a client has one at a time."""
+    return set(session.scalars(_at_work(run, round)))
+
+
+def anybody_at_work(session: Session, run: Run, round: Round) -> bool:
+    """Whether `at_work` finds anybody; in a large fleet that is told sooner than who."""
+    return session.scalar(_at_work(run, round).limit(1)) is not None
+
+
+def _at_work(run: Run, round: Round) -> Select[str]:
     mine = Round.id == round.id if plan_of(run).buffer is None else Round.run_id == run.id
-    query = select(Job.client_id).join(Round, Job.round_id == Round.id).where(mine, Job.kind == JobKind.train, Job.state.in_(ACTIVE))
-    return set(session.scalars(query))
+    return select(Job.client_id).join(Round, Job.round_id == Round.id).where(mine, Job.kind == JobKind.train, Job.state.in_(ACTIVE))
 
 
 def take_over(session: Session, before: Round, round: Round) -> None:

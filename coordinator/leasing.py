@@ -12,7 +12,6 @@ from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from coordinator import events, histories, ranks, sizes
-from coordinator.access import digest
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import messages
@@ -29,20 +28,22 @@ def seed(plan: Plan, round: int, client: str, kind: str) -> int:
 
 @dataclass(frozen=True)
 class Glance:
-    """What a poll needs to know before anything is written."""
+    """What a request of a client's needs to know before anything is read or written for it."""
 
     client: str
     work: bool  # there may be a job
 
 
-def glance(session: Session, secret: str) -> Glance | None:
-    """The client behind a credential and whether there may be a job for it, in one look that changes nothing; none for any other."""
-    found = session.connection().execute(_GLANCE, {"digest": digest(secret)}).first()
-    return None if found is None else Glance(*found)
+def glances(session: Session, digests: Collection[str]) -> dict[str, Glance]:
+    """The clients behind credentials of these digests, and whether there may be work for them, in one look; others are left out."""
+    found = session.connection().execute(_GLANCES, {"digests": list(digests)})
+    return {digest: Glance(client, work) for digest, client, work in found}
 
 
 _WORK = select(Job.id).where(Job.client_id == Client.id, Job.state.in_(ACTIVE)).exists()
-_GLANCE = select(Client.id, _WORK).where(Client.digest == bindparam("digest"), Client.state != ClientState.revoked)
+_GLANCES = select(Client.digest, Client.id, _WORK).where(
+    Client.digest.in_(bindparam("digests", expanding=True)), Client.state != ClientState.revoked
+)
 
 
 def hand_out(session: Session, client_ids: Collection[str], now: datetime) -> dict[str, messages.Job]:

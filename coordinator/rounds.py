@@ -115,7 +115,7 @@ def verdict(session: Session, run: Run, round: Round, now: datetime) -> Verdict 
 def last_verdict(session: Session, run: Run, round: Round) -> Verdict | None:
     """Of a round that could not be filled up: close it if the quorum is in and nobody is left to wait for."""
     submitted, quorum = counting.number_waiting(session, run, round), counting.quorum(plan_of(run))
-    if submitted < quorum or handout.at_work(session, run, round):
+    if submitted < quorum or handout.anybody_at_work(session, run, round):
         return None
     return Verdict(True, f"{submitted} contributions, quorum {quorum}, and nobody left to wait for")
 

@@ -7,15 +7,12 @@ import time
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
-from fastapi.concurrency import run_in_threadpool
 
-from coordinator import access, clients, errands, jobs, leasing
-from coordinator.access import Kind
-from coordinator.context import Context
+from coordinator import clients, errands, jobs
 from coordinator.errands import Answering, Renewing
 from coordinator.jobs import Holder
 from coordinator.problems import documented
-from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts, Secret
+from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts
 from protocol import VERSION, errors
 from protocol.crash import Point
 from protocol.messages import ClientSelf, Enrol, Enrolled, GiveBack, Job, Profile, Progress, Renewal, Result, ResultReceipt
@@ -35,14 +32,14 @@ def enrol(body: Enrol, caller: Newcomer, parts: Parts) -> Enrolled:
 def whoami(caller: Device, parts: Parts) -> ClientSelf:
     """What the coordinator knows of the calling client."""
     with parts.database.read() as session:
-        return clients.itself(session, caller.id)
+        return clients.itself(session, caller.client)
 
 
 @router.put("/clients/me/profile", responses=documented(*COMMON))
 def set_profile(body: Profile, caller: Device, parts: Parts) -> ClientSelf:
     """Replace the profile. A run that this device refused is offered to it again."""
     with parts.database.write() as session:
-        answer = clients.set_profile(session, caller.id, body, parts.database.clock(session))
+        answer = clients.set_profile(session, caller.client, body, parts.database.clock(session))
     parts.bell.ring_conductor()
     return answer
 
@@ -57,36 +54,27 @@ def set_profile(body: Profile, caller: Device, parts: Parts) -> ClientSelf:
     },
 )
 async def next_job(
-    secret: Secret,
+    caller: Device,
     parts: Parts,
     prefer: Annotated[str | None, Header(max_length=200, description="`wait=20`: wait for work so many seconds")] = None,
     hlora_version: Annotated[str | None, Header(max_length=40, description="the agent's version")] = None,
 ) -> Response:
     """Long poll for work."""
-    rings = parts.bell.rings
-    found = await run_in_threadpool(_look, parts, secret)
     _check_version(hlora_version)
-    with parts.bell.listen(found.client) as ear:
+    with parts.bell.listen(caller.client) as ear:
         seconds = _wait(prefer, clients.pace(parts.settings.poll_seconds, parts.bell.crowd))
         until = time.monotonic() + seconds
         # Who was called between the look and the ear would wait in vain.
-        called = found.work or not seconds or parts.bell.rings != rings
+        called = caller.work or not seconds or parts.bell.rings != caller.rings
         if not called:
-            parts.desk.note(found.client)
+            parts.desk.note(caller.client)
         while True:
-            job = await parts.desk.come(found.client) if called else None
+            job = await parts.desk.come(caller.client) if called else None
             if job is not None:
                 return Response(job.model_dump_json(), media_type="application/json")
             called = await ear.rung(until - time.monotonic())
             if not called:
                 return Response(status_code=204, headers={"Retry-After": "1"})
-
-
-def _look(parts: Context, secret: str | None) -> leasing.Glance:
-    """One read tells who asks and whether there may be work. Raises Unauthenticated, Forbidden."""
-    with parts.database.read() as session:
-        found = leasing.glance(session, secret) if secret else None
-        return found or leasing.Glance(access.identify(session, secret, (Kind.client,)).id, work=False)
 
 
 def _wait(prefer: str | None, longest: float) -> float:
@@ -108,15 +96,15 @@ def _check_version(version: str | None) -> None:
 @router.post("/jobs/{job}/lease", responses=documented(*COMMON, *HELD))
 async def renew(job: Id, body: Progress, caller: Device, parts: Parts) -> Renewal:
     """Prolong the lease and say how far the work is; the answer says whether to go on."""
-    renewing = Renewing(Holder(caller.id, job, body.epoch), body)
-    return await parts.desk.bring(errands.renew, caller.id, renewing, Point.lease_renewed)
+    renewing = Renewing(Holder(caller.client, job, body.epoch), body)
+    return await parts.desk.bring(errands.renew, caller.client, renewing, Point.lease_renewed)
 
 
 @router.delete("/jobs/{job}/lease", status_code=204, responses=documented(*COMMON, *HELD))
 def give_back(job: Id, body: GiveBack, caller: Device, parts: Parts) -> None:
     """Give the job back, with the reason."""
     with parts.database.write() as session:
-        jobs.release(session, caller.id, job, body, parts.database.clock(session))
+        jobs.release(session, caller.client, job, body, parts.database.clock(session))
     parts.bell.ring_conductor()
 
 
@@ -130,7 +118,7 @@ def give_back(job: Id, body: GiveBack, caller: Device, parts: Parts) -> None:
 )
 async def put_result(job: Id, body: Result, caller: Device, parts: Parts, response: Response) -> ResultReceipt:
     """Say how the job ended. Repeating the same result is answered like the first time."""
-    answered = await parts.desk.bring(errands.answer, caller.id, Answering(Holder(caller.id, job, body.epoch), body))
+    answered = await parts.desk.bring(errands.answer, caller.client, Answering(Holder(caller.client, job, body.epoch), body))
     parts.bell.ring_conductor()
     response.status_code = 201 if answered.new else 200
     return answered.receipt

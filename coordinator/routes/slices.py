@@ -48,7 +48,7 @@ ContentLength = Annotated[int | None, Header(ge=0, le=2**53)]
 
 async def sender(job: Id, caller: Device, lease_epoch: Annotated[int, Header(ge=1, le=2**53, description="epoch of the lease")]) -> Holder:
     """Who sends the slice of the job that the path names."""
-    return Holder(caller.id, job, lease_epoch)
+    return Holder(caller.client, job, lease_epoch)
 
 
 From = Annotated[Holder, Depends(sender)]
@@ -225,7 +225,7 @@ def get_blob(
 ) -> Response:
     """A slice that one of the client's jobs names. Its name is its digest, so it never changes."""
     with context.database.read() as session:
-        if not jobs.may_read(session, caller.id, digest):
+        if not jobs.may_read(session, caller.client, digest):
             raise errors.NotFound(f"no job of this client names {digest}")
     headers = {"ETag": f'"{digest}"', "Cache-Control": "private, immutable, max-age=31536000", "Accept-Ranges": "bytes"}
     if if_none_match is not None and f'"{digest}"' in if_none_match:
