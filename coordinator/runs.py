@@ -33,8 +33,8 @@ def check(plan: Plan) -> None:
 
 
 def _check_buffered(plan: Plan, strategy: aggregation.Strategy) -> None:
-    if not isinstance(strategy, aggregation.Changes):
-        able = ", ".join(name for name in aggregation.names() if issubclass(aggregation.load(name), aggregation.Changes))
+    if not strategy.stale:
+        able = ", ".join(name for name in aggregation.names() if aggregation.load(name).stale)
         raise errors.InvalidPlan(
             f"strategy {plan.strategy.name} merges what clients have, and an old version would pull the new one back; "
             f"with a buffer take one that merges what they changed: {able}"

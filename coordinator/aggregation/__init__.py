@@ -66,6 +66,7 @@ class Strategy(Strict, ABC):
     equal_ranks: ClassVar[bool] = False  # it refuses a round of unequal ranks
     portion: ClassVar[Portion] = Portion.leading
     sides: ClassVar[Sides] = Sides.both
+    stale: ClassVar[bool] = False  # contributions may have begun from different versions of the adapter, as with a buffer
     singular: ClassVar[bool] = True  # what is kept has singular form; otherwise a is the clients' own, and b has their scale in it
     equation: ClassVar[str]
     cost: ClassVar[str] = "D R² + R³"  # multiplications of one module's merge, D = n_out + n_in
@@ -89,6 +90,8 @@ class Changes(Strategy, ABC):
     The last term is server momentum in the form that needs no memory of its own (Polyak 1964): with M ← β M + Δ and
     W ← W + η M, the step before was η M.
     """
+
+    stale = True
 
     step: float = Field(default=1.0, gt=0, le=10, description="η: what the mean change is multiplied by")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="β: the share of the adapter's last step that is taken again")

@@ -18,13 +18,15 @@ class FedEx(Changes):
 
     Departures: the paper adds the residual to the base model's weights; here its best approximation is kept for which the
     plan's cap, which must be above the ladder's largest rank, has room beside the average. Where ranks differ, each
-    direction's factors are averaged over those who train it.
+    direction's factors are averaged over those who train it. They must have begun from one version: only then do factors at one
+    position stand for the same direction, and the residual is small.
     Source: FedEx-LoRA, arXiv:2410.09432.
     """
 
     exact = True
     linear = True
     gauge_free = False
+    stale = False
     singular = False
     portion = Portion.whole
     equation = "W ← W + Σ p (s b a − s₀ b₀ a₀), kept as (Σ p s b)(Σ p a) and the rest"

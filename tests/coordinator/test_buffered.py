@@ -416,7 +416,7 @@ async def test_momentum_and_other_strategies_of_changes_work_with_a_buffer(small
 
 @pytest.mark.parametrize("strategy", ["fedavg", "hetlora", "hlora", "raflora", "zero_pad"])
 async def test_a_strategy_that_merges_what_clients_have_is_refused_with_those_that_can(small: Federation, strategy: str) -> None:
-    with pytest.raises(errors.InvalidPlan, match=r"an old version would pull the new one back; .*: delta, .*, reweighted, rotating"):
+    with pytest.raises(errors.InvalidPlan, match=r"pull the new one back; .*: delta, ffa, flora, folded, reweighted, rotating"):
         await small.admin.create(buffered(strategy={"name": strategy}))
 
 

@@ -13,9 +13,10 @@ from coordinator.aggregation import Changes
 from coordinator.verification import Verdict
 from protocol import errors, slices
 from protocol.compact import trained_parts
+from protocol.contents import Label
 from protocol.messages import Job
 from protocol.plan import Plan, Sides
-from protocol.slices import Factors, Label, Slice
+from protocol.slices import Factors, Slice
 from protocol.states import JobKind, RunState
 from tests.federation import Federation, make_plan, make_profile, moved
 
@@ -154,7 +155,7 @@ async def test_what_is_not_what_the_job_trains_is_refused(
         await device.put_slice(job, packed(job, rank, sides, base or job.slice.digest))
 
 
-@pytest.mark.parametrize("strategy", [name for name in aggregation.names() if issubclass(aggregation.load(name), Changes)])
+@pytest.mark.parametrize("strategy", [name for name in aggregation.names() if aggregation.load(name).stale])
 async def test_strategies_that_merge_changes_take_old_versions_from_a_buffer(strategy: str, small: Federation) -> None:
     await enrol(small)
     run = (await small.admin.create(plan_of(strategy, rounds=4, ranks=RANKS, buffer={"size": 1, "exponent": 0.5}))).id

@@ -11,10 +11,11 @@ from coordinator import aggregation
 from coordinator.blobs import Blobs
 from coordinator.merge import first_adapter
 from protocol import errors
+from protocol.contents import read_header
 from protocol.plan import Choice, Dtype, Layout, Plan, Scaling, Split
-from protocol.slices import TORCH_DTYPES, Slice, read_header
+from protocol.slices import TORCH_DTYPES, Slice
 from tests.merging.rounds import merge, read_digest, second_round
-from tests.merging.small import LAYOUT, best, make_plan, read, update
+from tests.merging.small import LAYOUT, best, dense, make_plan, read, round_task, send, untrained, update
 
 CAP = 6
 FROM_ALL = ["folded", "rotating", "flora", "fedex"]  # clients start from all of the adapter
@@ -22,9 +23,10 @@ WIDE = Layout(modules={"block.wide": (44, 40)}, base=LAYOUT.base)
 OWN_FACTORS = ["zero_pad", "hetlora", "ffa"]  # clients start from the first directions as they are kept
 
 
-def roomy(strategy: str) -> Plan:
+def roomy(strategy: str, scaling: Scaling = Scaling.rank) -> Plan:
     """A plan of the usual cap; for fedex of one that has room for all that the averages of two rounds miss."""
-    return make_plan("fedex", cap=36, layout=WIDE) if strategy == "fedex" else make_plan(strategy, cap=CAP)
+    cap, layout = (36, WIDE) if strategy == "fedex" else (CAP, LAYOUT)
+    return make_plan(strategy, cap=cap, layout=layout, scaling=scaling)
 
 
 def leading(slice: Slice, rank: int, module: str) -> torch.Tensor:
@@ -89,10 +91,11 @@ def test_ranks_of_one_scale_share_the_file_that_holds_all_of_the_adapter(blobs: 
     assert len({ref.digest for ref in own.starts.values()}) == 3
 
 
-@pytest.mark.parametrize("strategy", FROM_ALL)
-def test_the_next_adapter_is_the_best_of_the_whole_one_and_the_changes(strategy: str, blobs: Blobs) -> None:
+@pytest.mark.parametrize("scaling", Scaling)
+@pytest.mark.parametrize("strategy", [*FROM_ALL, "delta"])
+def test_the_next_adapter_is_the_best_of_the_whole_one_and_the_changes(strategy: str, scaling: Scaling, blobs: Blobs) -> None:
     """Over stored files with ranks, scales, shares and bounded changes that differ."""
-    plan = roomy(strategy)
+    plan = roomy(strategy, scaling)
     before, task = second_round(blobs, plan)
     after = read(blobs, merge(task, blobs).adapter)
     total = sum(input.weight for input in task.inputs)
@@ -104,6 +107,20 @@ def test_the_next_adapter_is_the_best_of_the_whole_one_and_the_changes(strategy:
             start = given.label.scale * (old.b.double() @ old.a.double())
             wanted = wanted + input.weight / total * input.shrink * (update(sent, module) - start)
         assert torch.allclose(update(after, module), best(wanted, plan.global_rank), rtol=0, atol=2e-6 * float(wanted.norm()))
+
+
+@pytest.mark.parametrize("scaling", Scaling)
+@pytest.mark.parametrize("strategy", [*FROM_ALL, *OWN_FACTORS, "fedavg"])
+def test_equal_ranks_that_learn_nothing_change_nothing_whatever_their_scale(strategy: str, scaling: Scaling, blobs: Blobs) -> None:
+    plan = roomy(strategy, scaling)
+    first = first_adapter(plan, blobs)
+    before = merge(round_task(blobs, plan, first, [send(blobs, plan, first.start(4), rank=4, seed=k) for k in range(2)]), blobs)
+    idle = [send(blobs, plan, before.start(4), rank=4, seed=k, train=untrained) for k in range(2)]
+    after = merge(round_task(blobs, plan, before, idle, round=2), blobs)
+    for module, factors in read(blobs, before.adapter).factors.items():
+        was, now = dense(factors), update(read(blobs, after.adapter), module)
+        assert float(was.norm()) > 0.1
+        assert torch.allclose(was, now, rtol=0, atol=1e-6 * float(was.norm()))
 
 
 @pytest.mark.parametrize("strategy", [*FROM_ALL, *OWN_FACTORS])
