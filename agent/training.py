@@ -23,9 +23,10 @@ from agent.prepared import Prepared
 from modelling import adapters, base
 from modelling.adapters import Adapted
 from protocol import errors, slices
+from protocol.contents import Label
 from protocol.messages import Job, Metric, Usage
 from protocol.plan import Dtype
-from protocol.slices import Label, Slice
+from protocol.slices import Slice
 from protocol.states import JobKind
 
 log = structlog.get_logger("agent")

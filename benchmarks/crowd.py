@@ -10,8 +10,9 @@ from torch import Tensor
 from coordinator.blobs import Blobs
 from coordinator.initial import first_adapter
 from coordinator.merge import Input, Merged, RoundTask
+from protocol.contents import Label
 from protocol.plan import Dtype, Plan
-from protocol.slices import TORCH_DTYPES, Factors, Label, Slice, pack
+from protocol.slices import TORCH_DTYPES, Factors, Slice, pack
 
 FINGERPRINT = "sha256:" + "0" * 64
 NOISE = 0.3  # length of what each client has of its own in a direction; that of what all have in common is 1 / √i

@@ -17,8 +17,9 @@ import torch
 
 from protocol.checks import Expected
 from protocol.compact import trained_parts
+from protocol.contents import LABEL_KEY, Label, largest_length
 from protocol.plan import BaseFacts, Dtype, Layout
-from protocol.slices import LABEL_KEY, Factors, Label, Slice, largest_length
+from protocol.slices import Factors, Slice
 
 LAYOUT = Layout(
     modules={"attention.key": (3, 5), "attention.query": (4, 2)},

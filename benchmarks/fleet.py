@@ -31,9 +31,9 @@ from benchmarks.load import Load, Meter
 from benchmarks.machine import Machine, this_machine
 from benchmarks.service import Service, database, file_system, serving, workplace
 from protocol import errors
+from protocol.contents import Label, head
 from protocol.messages import Dataset, Profile, Result, Usage
 from protocol.plan import Dtype, Layout, Plan
-from protocol.slices import Label, head
 
 WAIT: int = int(Settings.model_fields["wait_seconds"].default)
 ENROLLING = 20  # at once

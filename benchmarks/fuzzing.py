@@ -10,7 +10,8 @@ from random import Random
 
 import atheris
 
-with atheris.instrument_imports(include=["protocol.slices", "protocol.compact", "protocol.checks", "coordinator.reading"]):
+READERS = ["protocol.contents", "protocol.slices", "protocol.compact", "protocol.checks", "coordinator.reading"]
+with atheris.instrument_imports(include=READERS):
     from benchmarks.damage import mutate
     from benchmarks.scrutiny import examine
 

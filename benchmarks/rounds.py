@@ -32,9 +32,10 @@ from benchmarks import plain
 from benchmarks.machine import Machine, this_machine
 from benchmarks.service import Service, database, file_system, processor_seconds, serving, workplace
 from protocol import errors
+from protocol.contents import Label
 from protocol.messages import Dataset, Enrol, Job, Profile, Usage
 from protocol.plan import Plan
-from protocol.slices import Label, Slice
+from protocol.slices import Slice
 
 ARRAYS = 100  # that together have the size
 PROFILE = Profile(memory_bytes=10**9, training_flops=1e10, datasets={"rows": Dataset(train=10, held_out=0)})

@@ -13,7 +13,8 @@ from coordinator import problems
 from coordinator.reading import SliceReader, open_file
 from protocol import errors
 from protocol.checks import check_change, check_finite, check_header
-from protocol.slices import Factors, decode, read_header, unpack
+from protocol.contents import read_header
+from protocol.slices import Factors, decode, unpack
 
 LONGEST_REASON = 2000  # characters; it is stored with the job
 

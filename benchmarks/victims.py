@@ -27,8 +27,9 @@ from agent.training import Outcome, Standing, Tell
 from coordinator import app as coordinator_app
 from coordinator import database, schema, server
 from coordinator import settings as coordinator_settings
+from protocol.contents import Label
 from protocol.messages import Job, Metric, Result, ResultReceipt, Usage
-from protocol.slices import Factors, Label, Slice
+from protocol.slices import Factors, Slice
 from protocol.states import JobKind
 from protocol.strict import Strict
 from simulation.device import Device, Machine

@@ -23,10 +23,11 @@ from coordinator.lowrank import cut, pad
 from coordinator.portions import Portion, fresh
 from protocol import crash, errors
 from protocol.checks import is_finite
+from protocol.contents import Label, head
 from protocol.crash import Point
 from protocol.messages import BlobRef
 from protocol.plan import Dtype, Layout, Plan, Split
-from protocol.slices import TORCH_DTYPES, Factors, Label, head, numbers
+from protocol.slices import TORCH_DTYPES, Factors, numbers
 from protocol.views import Energy
 
 

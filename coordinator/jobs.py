@@ -24,8 +24,8 @@ from coordinator import aggregation, clients, events, quarantine
 from coordinator.tables import Job, Round, Run
 from protocol import errors, messages
 from protocol.checks import Expected
+from protocol.contents import body_length, largest_length
 from protocol.plan import Plan
-from protocol.slices import body_length, largest_length
 from protocol.states import JobKind, JobState
 
 ACTIVE = (JobState.queued, JobState.leased)

@@ -15,9 +15,9 @@ from coordinator import events, histories, ranks, sizes
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import messages
+from protocol.contents import largest_length
 from protocol.messages import Profile
 from protocol.plan import Plan, Sides
-from protocol.slices import largest_length
 from protocol.states import ClientState, JobKind, JobState, RunState
 
 

@@ -17,8 +17,9 @@ from coordinator.sums import Stored
 from protocol import errors
 from protocol.checks import check_finite
 from protocol.compact import restored
+from protocol.contents import SCALES, WIRE_NAMES, Entry, Header, read_header
 from protocol.plan import Dtype
-from protocol.slices import SCALES, WIRE_NAMES, Entry, Factors, Header, decode, read_header, seen
+from protocol.slices import Factors, decode, seen
 
 LARGEST_HEADER = 32 << 20  # bytes; the largest layout that a plan can have needs less
 FIRST = 1 << 16  # bytes of a blob with which its header comes in one request, unless there are hundreds of modules

@@ -5,8 +5,8 @@ from __future__ import annotations
 from coordinator import aggregation
 from coordinator.aggregation import Strategy
 from protocol import errors
+from protocol.contents import body_length
 from protocol.plan import Dtype, Layout, Plan, Sides
-from protocol.slices import body_length
 
 ENTRY_BYTES = 128  # of one tensor in a slice's header, beside its name
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocol.contents import largest_length
 from protocol.plan import Dtype, Layout
-from protocol.slices import largest_length
 
 LADDER = (2, 4, 8, 16)
 LINK_SECONDS = 6.0  # that a job's slices may take on the link, down and up together

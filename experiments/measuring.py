@@ -17,9 +17,10 @@ from experiments.material import Part
 from experiments.records import ALL
 from modelling import adapters, base
 from modelling.base import Base
+from protocol.contents import Label
 from protocol.messages import Metric
 from protocol.plan import Layout, Plan
-from protocol.slices import Factors, Label, Slice
+from protocol.slices import Factors, Slice
 
 Values = dict[str, float]  # loss, and for classifiers accuracy and f1
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from protocol import errors
+from protocol.contents import WIRE_NAMES, Header, contents
 from protocol.plan import Dtype, Layout, Sides
-from protocol.slices import TORCH_DTYPES, WIRE_NAMES, Factors, Header, contents
+from protocol.slices import TORCH_DTYPES, Factors
 
 
 @dataclass(frozen=True)

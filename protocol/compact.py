@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from protocol import errors
+from protocol.contents import SCALES, head, names, scales
 from protocol.plan import Dtype, Layout, Sides
-from protocol.slices import SCALES, TORCH_DTYPES, Slice, head, names, numbers, parts, scales, tensors
+from protocol.slices import TORCH_DTYPES, Slice, numbers, parts, tensors
 
 STEPS = 127
 

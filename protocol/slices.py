@@ -20,52 +20,8 @@ import torch
 from torch import Tensor
 
 from protocol import errors
-from protocol.contents import (
-    HEADER_SLACK,
-    LABEL_KEY,
-    SCALES,
-    WIRE_NAMES,
-    Entry,
-    Header,
-    Label,
-    body_length,
-    contents,
-    head,
-    largest_length,
-    names,
-    read_header,
-    scales,
-)
+from protocol.contents import WIRE_NAMES, Entry, Label, head, read_header
 from protocol.plan import Dtype, Layout, Sides
-
-__all__ = [
-    "HEADER_SLACK",
-    "LABEL_KEY",
-    "SCALES",
-    "TORCH_DTYPES",
-    "WIRE_NAMES",
-    "Entry",
-    "Factors",
-    "Header",
-    "Label",
-    "Slice",
-    "body_length",
-    "contents",
-    "decode",
-    "digest",
-    "head",
-    "largest_length",
-    "names",
-    "numbers",
-    "pack",
-    "parts",
-    "read_file",
-    "read_header",
-    "scales",
-    "seen",
-    "tensors",
-    "unpack",
-]
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     Dtype.float32: torch.float32,

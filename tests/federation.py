@@ -27,6 +27,7 @@ from coordinator.jobs import Holder
 from coordinator.settings import Settings
 from protocol import errors, slices
 from protocol.compact import trained_parts
+from protocol.contents import Label
 from protocol.messages import (
     Dataset,
     Enrol,
@@ -44,7 +45,7 @@ from protocol.messages import (
     Usage,
 )
 from protocol.plan import BaseFacts, Layout, Plan
-from protocol.slices import Factors, Label, Slice
+from protocol.slices import Factors, Slice
 from protocol.states import JobKind, Role, RunState
 from protocol.views import ClientView, EnrolmentMade, JobView, RoundView, RunDetail, RunView, TokenRequest
 

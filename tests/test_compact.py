@@ -14,10 +14,11 @@ from torch import Tensor
 
 from coordinator.blobs import Blobs
 from coordinator.reading import SliceReader, open_slice
-from protocol import errors, slices
+from protocol import contents, errors, slices
 from protocol.compact import STEPS, arrived, restored, trained_parts, written
+from protocol.contents import SCALES, Label
 from protocol.plan import Dtype, Sides
-from protocol.slices import SCALES, TORCH_DTYPES, Factors, Label, Slice
+from protocol.slices import TORCH_DTYPES, Factors, Slice
 from tests.merging.small import LAYOUT
 
 DIRECTIONS = (4, 1, 2)
@@ -60,8 +61,8 @@ def test_what_is_read_is_what_was_sent(dtype: Dtype, sides: Sides, tmp_path: Pat
     new = trained(start)
     reader, length = stored(new, start, dtype, tmp_path, sides)
     assert reader.header.label == LABEL
-    assert length == len(slices.head(LAYOUT, LABEL, dtype, sides)) + slices.body_length(LAYOUT, 3, dtype, sides)
-    assert length <= slices.largest_length(LAYOUT, 3, dtype, sides)
+    assert length == len(contents.head(LAYOUT, LABEL, dtype, sides)) + contents.body_length(LAYOUT, 3, dtype, sides)
+    assert length <= contents.largest_length(LAYOUT, 3, dtype, sides)
     for module, factors in new.factors.items():
         old = start.factors[module].of(DIRECTIONS)
         found = reader.trained_factors(module, lambda old=old: old)  # type: ignore[misc]  # bound in the loop
@@ -75,8 +76,8 @@ def test_what_is_read_is_what_was_sent(dtype: Dtype, sides: Sides, tmp_path: Pat
 def test_int8_is_a_quarter_of_float32_and_its_scales(tmp_path: Path) -> None:
     numbers = LAYOUT.numbers(64)
     scales = 64 * 2 * len(LAYOUT.modules) + 1 + 3  # a direction has two; head.bias has one, head.weight one for each row
-    assert slices.body_length(LAYOUT, 64, Dtype.float32) == 4 * numbers
-    assert slices.body_length(LAYOUT, 64, Dtype.int8) == numbers + 4 * scales
+    assert contents.body_length(LAYOUT, 64, Dtype.float32) == 4 * numbers
+    assert contents.body_length(LAYOUT, 64, Dtype.int8) == numbers + 4 * scales
 
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from coordinator.sizes import held_numbers, layout, start_bytes, trained_numbers, upload_bytes
 from protocol import errors
+from protocol.contents import HEADER_SLACK
 from protocol.messages import Profile, Usage
 from protocol.plan import CausalLM, Plan, Ranks
-from protocol.slices import HEADER_SLACK
 from protocol.strict import Strict
 from protocol.views import Description, RankView
 

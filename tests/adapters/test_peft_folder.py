@@ -21,9 +21,10 @@ from coordinator.lowrank import cut
 from coordinator.readout import ReadOut, Wanted
 from modelling.layout import resolve
 from protocol import errors
+from protocol.contents import Label
 from protocol.course import Cohort
 from protocol.plan import Adapter, CausalLM, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Split, Training
-from protocol.slices import Factors, Label, Slice, pack
+from protocol.slices import Factors, Slice, pack
 from tests.tiny import tiny_decoder, tiny_encoder
 
 # peft 0.21 still asks transformers 5 by a name that it will drop.

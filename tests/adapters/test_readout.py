@@ -13,9 +13,10 @@ from torch import Tensor
 from coordinator import adapters
 from coordinator.adapters import PREFIX, Facts
 from coordinator.readout import Wanted, read_out, singular
+from protocol.contents import Label
 from protocol.course import Cohort
 from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Training
-from protocol.slices import Factors, Label, Slice, pack
+from protocol.slices import Factors, Slice, pack
 
 CAP = 6
 SHAPES = {"block.q": (20, 12), "block.v": (12, 30), "narrow": (6, 9)}

@@ -11,11 +11,12 @@ import torch
 from agent.outbox import Outbox
 from agent.policy import Policy
 from agent.training import Outcome, Standing, Trainer
-from protocol import checks, errors, slices
+from protocol import checks, contents, errors
 from protocol.checks import Expected
+from protocol.contents import Label
 from protocol.messages import Job
 from protocol.plan import Dtype, Sides, Task
-from protocol.slices import Factors, Label, Slice
+from protocol.slices import Factors, Slice
 from protocol.states import JobKind
 from tests.agent.work import NOON, SCALE, WHOLE, catalogue, handed_out, make_job, make_start
 from tests.modelling.drawn import CLASSES, CONTINUE
@@ -90,7 +91,7 @@ def test_the_outbox_holds_what_the_coordinator_expects(tmp_path: Path, setting: 
     outcome = do(tmp_path, job, start)
     outbox = Outbox(tmp_path / "outbox")
     sent = outbox.file(outbox.store(job, start, outcome, outcome.usage)).read_bytes()
-    header = slices.read_header(sent, len(sent))
+    header = contents.read_header(sent, len(sent))
     checks.check_header(header, Expected(job.layout, 2, SCALE, wire, job.slice.digest, job.round, tuple(PART), sides))
     assert header.label == Label(rank=2, scale=SCALE, round=3, base=job.slice.digest, examples=18)
     before = only(start, PART).factors

@@ -33,7 +33,8 @@ from agent.loop import Loop
 from agent.policy import Policy
 from agent.training import Outcome
 from protocol.messages import Usage
-from protocol.slices import Label, Slice
+from protocol.contents import Label
+from protocol.slices import Slice
 
 peak = 0
 

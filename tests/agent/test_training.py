@@ -19,11 +19,12 @@ from agent.policy import Policy
 from agent.training import Outcome, Standing, Trainer, precision
 from coordinator.adapters import Facts, files
 from coordinator.readout import Wanted
-from protocol import checks, errors, slices
+from protocol import checks, contents, errors, slices
 from protocol.checks import Expected
+from protocol.contents import Label
 from protocol.messages import Job
 from protocol.plan import CausalLM, Dtype, Float, Task
-from protocol.slices import Label, Slice
+from protocol.slices import Slice
 from protocol.states import JobKind
 from tests.agent.work import ROWS, SCALE, catalogue, handed_out, make_job, make_start, resolved
 from tests.modelling.drawn import CLASSES, CONTINUE
@@ -87,7 +88,7 @@ def test_the_trained_slice_is_the_one_that_the_coordinator_expects(tmp_path: Pat
     outcome = do(tmp_path, job, model)
     sent = packed(outcome, job)
     assert len(sent) <= job.max_upload_bytes
-    header = slices.read_header(sent, len(sent))
+    header = contents.read_header(sent, len(sent))
     checks.check_header(header, Expected(job.layout, job.rank, job.scale, wire, job.slice.digest, job.round))
     assert header.label == Label(rank=2, scale=SCALE, round=3, base=job.slice.digest, examples=18)
     for module in slices.unpack(sent).factors.values():

@@ -10,9 +10,10 @@ from pathlib import Path
 from agent.data import Catalogue, Source
 from modelling.layout import resolve
 from protocol import slices
+from protocol.contents import largest_length
 from protocol.messages import BlobRef, Job, Lease
 from protocol.plan import Dtype, Plan, Sides, Task
-from protocol.slices import Slice, largest_length
+from protocol.slices import Slice
 from protocol.states import JobKind
 from tests.modelling.drawn import CLASSES, drawn_slice, tiny_plan
 

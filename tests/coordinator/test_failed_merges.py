@@ -18,8 +18,9 @@ from coordinator import publishing, tables
 from coordinator.conductor import Conductor
 from coordinator.executors import open_executor
 from protocol import errors, slices
+from protocol.contents import Label
 from protocol.plan import Dtype
-from protocol.slices import Factors, Label
+from protocol.slices import Factors
 from protocol.states import RoundState, RunState
 from tests.federation import Federation, make_plan
 

@@ -19,10 +19,10 @@ import pytest
 
 from coordinator import parts
 from coordinator.uploads import written_digest
-from protocol import errors, slices
+from protocol import contents, errors
+from protocol.contents import Label
 from protocol.messages import BlobRef, Job, SliceReceipt
 from protocol.plan import BaseFacts, Layout
-from protocol.slices import Label
 from tests.coordinator.test_processes import Service
 from tests.federation import Device, Operator, enrol, make_plan, make_profile, read, refusal
 
@@ -103,7 +103,7 @@ def trained(job: Job, start: Path, file: Path) -> BlobRef:
         length = 8 + int.from_bytes(opened.read(8), "little")
         opened.seek(length)
         label = Label(rank=job.rank, scale=job.scale, round=job.round, base=job.slice.digest, examples=5)
-        written.write(slices.head(job.layout, label, job.wire))
+        written.write(contents.head(job.layout, label, job.wire))
         while block := opened.read(BLOCK):
             written.write(block)
         written.seek(0)

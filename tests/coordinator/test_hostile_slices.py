@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import problems
-from protocol import errors, slices
+from protocol import contents, errors, slices
 from protocol.checks import Expected, check_header
+from protocol.contents import Label
 from protocol.plan import Dtype
-from protocol.slices import Label
 from protocol.states import ClientState, JobState, RoundState, RunState
 from tests.coordinator.hostile import MALFORMED, NON_FINITE, Lie, Parts, grown, lies, of_rank, pack, raw
 from tests.federation import LAYOUT, Federation, make_plan, moved
 
 BASE = f"sha256:{1:064}"
 LABEL = Label(rank=4, scale=2.0, round=1, base=BASE, examples=5)
-HONEST = slices.head(LAYOUT, LABEL, Dtype.float32)
+HONEST = contents.head(LAYOUT, LABEL, Dtype.float32)
 HONEST += bytes(4 * LAYOUT.numbers(4))
 EXPECTED = Expected(layout=LAYOUT, rank=4, scale=2.0, dtype=Dtype.float32, base=BASE, round=1)
 
@@ -215,7 +215,7 @@ def look(data: bytes) -> None:
     """All that is done with a header that nobody has checked: it is sound, or refused with a reason that can be told."""
     said = "sound"
     try:
-        check_header(slices.read_header(data, len(data)), EXPECTED)
+        check_header(contents.read_header(data, len(data)), EXPECTED)
     except errors.InvalidSlice as error:
         said = problems.problem(error).model_dump_json()
     assert said.isprintable()
@@ -223,7 +223,7 @@ def look(data: bytes) -> None:
 
 
 def test_the_honest_slice_passes() -> None:
-    check_header(slices.read_header(HONEST, len(HONEST)), EXPECTED)
+    check_header(contents.read_header(HONEST, len(HONEST)), EXPECTED)
 
 
 @given(data=st.data())
@@ -247,14 +247,14 @@ VALUES = st.recursive(
 )
 
 
-@given(name=st.sampled_from([*slices.names(LAYOUT, 4), "__metadata__", "more", "\0", ""]), value=VALUES)
+@given(name=st.sampled_from([*contents.names(LAYOUT, 4), "__metadata__", "more", "\0", ""]), value=VALUES)
 @settings(max_examples=200, deadline=None)
 def test_any_value_for_an_entry_is_refused_or_means_the_same(name: str, value: Any) -> None:
     parts = Parts.of(HONEST)
     look(pack(parts.table | {name: value}, parts.numbers))
 
 
-@given(member=st.sampled_from(["dtype", "shape", "data_offsets"]), name=st.sampled_from(list(slices.names(LAYOUT, 4))), value=VALUES)
+@given(member=st.sampled_from(["dtype", "shape", "data_offsets"]), name=st.sampled_from(list(contents.names(LAYOUT, 4))), value=VALUES)
 @settings(max_examples=200, deadline=None)
 def test_any_value_for_a_member_is_refused_or_means_the_same(member: str, name: str, value: Any) -> None:
     look(Parts.of(HONEST).entry(name, **{member: value}))
@@ -271,4 +271,4 @@ def test_any_value_in_the_label_is_refused_or_means_the_same(member: str, value:
 def test_any_bytes_at_all_are_refused(text: bytes, numbers: bytes) -> None:
     for data in (text, raw(text, numbers)):
         with pytest.raises(errors.InvalidSlice):
-            check_header(slices.read_header(data, len(data)), EXPECTED)
+            check_header(contents.read_header(data, len(data)), EXPECTED)

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.loop import Step
-from protocol import errors, slices
+from protocol import contents, errors, slices
 from protocol.checks import check_header
 from protocol.compact import trained_parts
+from protocol.contents import SCALES
 from protocol.messages import Job
 from protocol.plan import Dtype
-from protocol.slices import SCALES
 from protocol.states import JobState, RunState
 from tests.agent.looping import ALONE, instantly, looping
 from tests.coordinator.hostile import FIRST, Parts, without
@@ -33,7 +33,7 @@ INT8 = {"uploads": "int8"}
 
 def changed(data: bytes, name: str, numbers: bytes, at: int = 0) -> bytes:
     """The file with some of a tensor's numbers replaced."""
-    start = slices.read_header(data, len(data)).entries[name].start + at
+    start = contents.read_header(data, len(data)).entries[name].start + at
     return data[:start] + numbers + data[start + len(numbers) :]
 
 
@@ -95,16 +95,16 @@ async def test_another_dtype_than_the_plans_is_refused(small: Federation, dtype:
 @given(place=st.integers(0, 10**6), byte=st.binary(min_size=1, max_size=4))
 @settings(max_examples=200, deadline=None)
 def test_a_header_of_int8_is_as_exact_as_any(place: int, byte: bytes) -> None:
-    honest = slices.head(LAYOUT, LABEL, Dtype.int8)
-    honest += bytes(slices.body_length(LAYOUT, 4, Dtype.int8))
+    honest = contents.head(LAYOUT, LABEL, Dtype.int8)
+    honest += bytes(contents.body_length(LAYOUT, 4, Dtype.int8))
     expected = replace(EXPECTED, dtype=Dtype.int8)
-    check_header(slices.read_header(honest, len(honest)), expected)
+    check_header(contents.read_header(honest, len(honest)), expected)
     size = 8 + int.from_bytes(honest[:8], "little")
     at = place % size
     data = honest[:at] + byte + honest[at + len(byte) :]
     said = ""
     try:
-        check_header(slices.read_header(data, len(data)), expected)
+        check_header(contents.read_header(data, len(data)), expected)
     except errors.InvalidSlice as error:
         said = str(error)
     assert said.isprintable()
@@ -137,7 +137,7 @@ async def test_a_job_says_how_its_slice_comes_back_and_how_long_it_may_be(small:
     _, _, (job, *_) = await small.training(PLAN)
 
     assert (job.wire, job.uploads, job.upload) == (Dtype.float32, Dtype.int8, Dtype.int8)
-    assert job.max_upload_bytes == slices.largest_length(LAYOUT, 4, Dtype.int8) < slices.largest_length(LAYOUT, 4, Dtype.float32)
+    assert job.max_upload_bytes == contents.largest_length(LAYOUT, 4, Dtype.int8) < contents.largest_length(LAYOUT, 4, Dtype.float32)
 
 
 async def test_an_agent_packs_what_the_plan_says_and_tells_what_was_rounded(small: Federation, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ async def test_an_agent_packs_what_the_plan_says_and_tells_what_was_rounded(smal
     found = await small.admin.round(run, 1)
     (job,) = found.jobs
     assert job.slice is not None
-    header = slices.read_header(data := small.parts.blobs.read(job.slice.digest), len(data))
+    header = contents.read_header(data := small.parts.blobs.read(job.slice.digest), len(data))
     assert header.entries[FIRST].dtype == "I8"
     assert 0 < found.train_metrics["rounding"] < 0.02
 
@@ -175,7 +175,7 @@ async def test_heads_and_factors_are_merged_as_they_were_sent(small: Federation)
 
 def reread(data: bytes, start: slices.Slice, job: Job) -> dict[str, tuple[Any, Any]]:
     """b and a by module, float64, after the format's own words: x₀ + t q."""
-    header = slices.read_header(data, len(data))
+    header = contents.read_header(data, len(data))
     found = {name: slices.decode(data[e.start : e.stop], e).double() for name, e in header.entries.items()}
     return {
         module: (

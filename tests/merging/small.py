@@ -14,10 +14,11 @@ from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.merge import Input, RoundTask
 from protocol.compact import trained_parts
+from protocol.contents import Label
 from protocol.course import Cohort
 from protocol.messages import BlobRef
 from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Scaling, Split, Training
-from protocol.slices import Factors, Label, Slice, unpack
+from protocol.slices import Factors, Slice, unpack
 
 LAYOUT = Layout(
     modules={"block.q": (20, 12), "block.v": (12, 30)},

@@ -11,8 +11,9 @@ import torch
 from coordinator.blobs import Blobs
 from coordinator.reading import StoredFactors, open_file, open_slice
 from protocol import errors
+from protocol.contents import Label
 from protocol.plan import Dtype, Float
-from protocol.slices import Factors, Label, Slice, pack
+from protocol.slices import Factors, Slice, pack
 from tests.merging.small import LAYOUT
 from tests.merging.test_truncation import rand
 

@@ -15,8 +15,9 @@ from coordinator.merge import first_adapter, merge_round
 from coordinator.reading import AHEAD, TrainedFactors, ahead, learn, open_slice
 from protocol import errors
 from protocol.compact import trained_parts
+from protocol.contents import Label
 from protocol.plan import Dtype
-from protocol.slices import Factors, Label, Slice, pack
+from protocol.slices import Factors, Slice, pack
 from tests.merging import buckets
 from tests.merging.buckets import Bucket
 from tests.merging.rounds import second_round

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from protocol.contents import Label
 from protocol.plan import CausalLM, Plan, SequenceClassification, Task
-from protocol.slices import Factors, Label, Slice
+from protocol.slices import Factors, Slice
 
 CLASSES = SequenceClassification(labels=["blue", "green", "red"], max_length=32)
 CONTINUE = CausalLM(max_length=64)

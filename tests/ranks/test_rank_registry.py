@@ -13,8 +13,9 @@ from pydantic import JsonValue
 from coordinator import ranks, sizes
 from coordinator.ranks import Population
 from protocol import errors
+from protocol.contents import Label
 from protocol.plan import Dtype, Ranks
-from protocol.slices import Factors, Label, Slice, pack
+from protocol.slices import Factors, Slice, pack
 from tests.ranks.small import LAYOUT, make_candidate, make_plan
 
 OPTIONS: dict[str, dict[str, JsonValue]] = {"labels": {"table": {"phone": 2, "server": 16}, "default": 4}}

@@ -9,8 +9,9 @@ import torch
 
 from coordinator import aggregation, ranks, sizes
 from coordinator.ranks import Population
+from protocol.contents import Label
 from protocol.plan import Choice, Plan, Sides
-from protocol.slices import Factors, Label, Slice, parts
+from protocol.slices import Factors, Slice, parts
 from tests.ranks.small import LAYOUT, make_candidate, make_plan
 
 CAP = 32
