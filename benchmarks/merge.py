@@ -3,6 +3,10 @@
 Both start from the same contributions, with the same number of threads. Of the dense form one module of each shape is
 measured; what it would cost to read the files is left out, and its modules are taken to share the threads perfectly, both in
 its favour.
+
+The machine's limit is what no merge that knows its own error can go below: every byte read once, and the least arithmetic for
+the energies (both Gram matrices, or the dense sum where that is less) and for the result, in float32 at the rate at which this
+machine multiplies. The bare limit is that of a merge that does not ask what it lost: W times r columns, and r rows times W.
 """
 
 from __future__ import annotations
@@ -10,32 +14,41 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from pydantic import BaseModel
-from torch import Tensor
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.crowd import Size, gather
+from benchmarks.dense import Dense, Shape, Terms, truth
 from benchmarks.machine import Machine, Rates, peak_bytes, reset_peak, resident_bytes, this_machine
 from coordinator import truncation
 from coordinator.blobs import Blobs
 from coordinator.executors import open_executor
+from coordinator.lowrank import written
 from coordinator.merge import Merged, RoundTask, merge_round
 from coordinator.reading import open_slice
 from coordinator.stacks import stacked
 from coordinator.sums import Sum, Term
 from protocol.plan import Dtype
-from protocol.slices import Factors
-from protocol.views import Energy
-
-Seconds = dict[tuple[int, int], float]  # of one decomposition, by shape
 
 
-class Merge(BaseModel):
+class Accuracy(BaseModel):
+    """Of one module, in float64."""
+
+    relative_excess: float  # (error − least error) / ‖W‖
+    error_ratio: float  # error / least error
+    certificate_error: float  # of what was said to be lost, relative to what was lost
+
+
+class Merge(Accuracy):
     """What merging one round cost."""
 
     size: str
@@ -46,19 +59,18 @@ class Merge(BaseModel):
     extrapolated: bool  # seconds and dense_seconds are of the model, from fewer modules
     stacked_rank: int
     rank: int
+    threads: int
     seconds: float
     dense_seconds: float
     ratio: float
     peak_megabytes: float | None  # above what was in memory before the merge; none where the system does not say
-    relative_excess: float  # of one module: (error − least error) / ‖W‖, in float64
-    error_ratio: float  # error / least error
-    certificate_error: float  # of what was said to be lost, relative to what was lost
-    limit_share: float  # the least time that this machine could take / seconds
+    limit_share: float  # the least time in which this machine could merge and know the error / seconds
+    bare_limit_share: float  # the same without knowing the error
     machine: Machine
 
 
-class Method(BaseModel):
-    """One module in memory, by one method."""
+class Method(Accuracy):
+    """One module in memory, by one method, one thread."""
 
     method: str
     n_out: int
@@ -72,34 +84,47 @@ class Method(BaseModel):
     machine: Machine
 
 
-ROBERTA = ((1024, 1024),)
 LLAMA_BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
 
 
 def _roberta(clients: int, modules: int, wire: Dtype) -> Size:
-    return Size("RoBERTa-large, 48 modules 1024²", ROBERTA * modules, clients, wire, 48 / modules)
+    return Size("RoBERTa-large, 48 modules 1024²", ((1024, 1024),) * modules, clients, wire, 48 / modules)
 
 
 def _llama(clients: int, wire: Dtype) -> Size:
     return Size("Llama-2-7B, 224 modules, from one block", LLAMA_BLOCK, clients, wire, 32)
 
 
+def _llama_pairs(clients: int, wire: Dtype) -> Size:
+    return Size("Llama-2-7B, 128 of 224 modules, from two", ((4096, 4096),) * 2, clients, wire, 64)
+
+
 BOTH = (Dtype.float32, Dtype.bfloat16)
 SIZES = (
     *(_roberta(clients, modules, wire) for clients, modules in ((10, 48), (20, 48), (100, 8), (1000, 2)) for wire in BOTH),
-    *(_llama(20, wire) for wire in BOTH),
+    *(_llama(clients, wire) for clients in (10, 20) for wire in BOTH),
     _llama(100, Dtype.bfloat16),
+    _llama_pairs(1000, Dtype.bfloat16),
 )
-QUICK = (_roberta(20, 24, Dtype.float32), _roberta(20, 24, Dtype.bfloat16), _roberta(100, 4, Dtype.float32))
+QUICK = (
+    *(_roberta(clients, modules, Dtype.float32) for clients, modules in ((10, 8), (20, 24), (100, 4), (1000, 2))),
+    *(_roberta(clients, modules, Dtype.bfloat16) for clients, modules in ((20, 24), (1000, 2))),
+    _llama_pairs(20, Dtype.bfloat16),
+)
 
 
-def measure(size: Size, decompositions: Seconds, workers: int | None = None) -> Merge:
+@contextmanager
+def _gathered(size: Size, folder: Path | None) -> Iterator[tuple[RoundTask, Blobs]]:
+    with tempfile.TemporaryDirectory(prefix="hlora-bench-", dir=folder) as inside:
+        blobs = Blobs.open(f"file://{inside}/blobs")
+        yield gather(size, blobs), blobs
+
+
+def measure(size: Size, dense: Dense, workers: int | None = None, folder: Path | None = None) -> Merge:
     """Merge one round of that size, both ways, with so many threads; by default one for each core."""
     torch.set_num_threads(1)
     workers = workers or os.cpu_count() or 1
-    with tempfile.TemporaryDirectory(prefix="hlora-bench-") as folder, open_executor(f"threads://{workers}") as executor:
-        blobs = Blobs.open(f"file://{folder}/blobs")
-        task = gather(size, blobs)
+    with _gathered(size, folder) as (task, blobs), open_executor(f"threads://{workers}") as executor:
         rates = Rates.measured()
         reset_peak()
         before = resident_bytes()
@@ -107,9 +132,10 @@ def measure(size: Size, decompositions: Seconds, workers: int | None = None) -> 
         merged = merge_round(task, executor, blobs)
         seconds = (time.perf_counter() - began) * size.copies
         peak = peak_bytes()
-        dense = sum(_dense_seconds(size, task, blobs, shape, decompositions) for shape in size.shapes) * size.copies / workers
-        excess, ratio, certificate = _checked(size, task, blobs, merged)
-    stacked = sum(input.rank for input in task.inputs)
+        dense_seconds = _dense_seconds(size, task, blobs, dense) * size.copies / workers
+        accuracy = _checked(size, task, blobs, merged)
+    stacked_rank = sum(input.rank for input in task.inputs)
+    knowing, bare = (least * size.copies / workers / seconds for least in _limits(size, stacked_rank, task.plan.global_rank, rates))
     return Merge(
         size=size.name,
         clients=size.clients,
@@ -117,111 +143,111 @@ def measure(size: Size, decompositions: Seconds, workers: int | None = None) -> 
         modules=len(size.shapes),
         copies=size.copies,
         extrapolated=size.copies > 1,
-        stacked_rank=stacked,
+        stacked_rank=stacked_rank,
         rank=task.plan.global_rank,
+        threads=workers,
         seconds=seconds,
-        dense_seconds=dense,
-        ratio=dense / seconds,
+        dense_seconds=dense_seconds,
+        ratio=dense_seconds / seconds,
         peak_megabytes=None if before is None or peak is None else (peak - before) / 1e6,
-        relative_excess=excess,
-        error_ratio=ratio,
-        certificate_error=certificate,
-        limit_share=_limit(size, task, stacked, rates) * size.copies / workers / seconds,
+        limit_share=knowing,
+        bare_limit_share=bare,
         machine=this_machine(),
+        **accuracy.model_dump(),
     )
 
 
-def _terms(task: RoundTask, blobs: Blobs, module: str) -> list[tuple[float, Factors]]:
+def _terms(task: RoundTask, blobs: Blobs, module: str) -> Terms:
     total = sum(input.weight for input in task.inputs)
     return [(input.weight / total * input.scale, open_slice(blobs, input.digest).factors(module)) for input in task.inputs]
 
 
-def _summed(terms: list[tuple[float, Factors]], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    mean = torch.zeros(shape, dtype=dtype)
-    for weight, factors in terms:
-        mean += weight * (factors.b.to(dtype) @ factors.a.to(dtype))
-    return mean
+def _dense_seconds(size: Size, task: RoundTask, blobs: Blobs, dense: Dense) -> float:
+    """Seconds of the dense form for all modules, one after another."""
+    names = {shape: name for name, shape in size.modules.items()}
+    each = {shape: dense.seconds(_terms(task, blobs, name), shape) for shape, name in names.items()}
+    return sum(each[shape] for shape in size.shapes)
 
 
-def _dense_seconds(size: Size, task: RoundTask, blobs: Blobs, shape: tuple[int, int], decompositions: Seconds) -> float:
-    """Seconds of the dense form for one module; a decomposition takes as long whatever was summed, and is measured once."""
-    module = next(name for name, found in size.modules.items() if found == shape)
-    terms = _terms(task, blobs, module)
-    began = time.perf_counter()
-    mean = _summed(terms, shape, torch.float32)
-    formed = time.perf_counter() - began
-    if shape not in decompositions:
-        began = time.perf_counter()
-        torch.linalg.svd(mean, full_matrices=False)
-        decompositions[shape] = time.perf_counter() - began
-    return formed + decompositions[shape]
-
-
-def _checked(size: Size, task: RoundTask, blobs: Blobs, merged: Merged) -> tuple[float, float, float]:
-    """Of one module: relative excess error, error over least error, and how wrong the certificate is."""
+def _checked(size: Size, task: RoundTask, blobs: Blobs, merged: Merged) -> Accuracy:
     module, rank = "module.000", task.plan.global_rank
-    w = _summed(_terms(task, blobs, module), size.shapes[0], torch.float64)
-    found = open_slice(blobs, merged.adapter.digest).factors(module)
-    lost = float((w - found.b.double() @ found.a.double()).square().sum())
-    side = w if w.shape[0] <= w.shape[1] else w.T
-    total = float(w.square().sum())
-    least = max(0.0, total - float(torch.linalg.eigvalsh(side @ side.T)[-rank:].sum()))
-    energy: Energy = merged.energy[module]
+    energy = merged.energy[module]
+    found = truth(_terms(task, blobs, module), size.shapes[0], open_slice(blobs, merged.adapter.digest).factors(module))
     said = (1 - energy.kept[rank]) * energy.total
-    return (lost**0.5 - least**0.5) / total**0.5, (lost / least) ** 0.5, abs(said / lost - 1)
+    return Accuracy(relative_excess=found.relative_excess, error_ratio=found.error_ratio, certificate_error=abs(said / found.lost - 1))
 
 
-def _limit(size: Size, task: RoundTask, stacked: int, rates: Rates) -> float:
-    """Least seconds of one thread: every byte read once; W multiplied once by r columns and once by r rows, as factors."""
-    sides = sum(n_out + n_in for n_out, n_in in size.shapes)
-    bytes = sides * stacked * size.wire.size
-    return bytes / rates.bytes_per_second + 4 * sides * stacked * task.plan.global_rank / rates.flops_per_second
+def _limits(size: Size, stacked: int, rank: int, rates: Rates) -> tuple[float, float]:
+    """Least seconds of one thread for a merge that knows its error, and for one that does not."""
+    sides, area = sum(n_out + n_in for n_out, n_in in size.shapes), sum(n_out * n_in for n_out, n_in in size.shapes)
+    reading = sides * stacked * size.wire.size / rates.bytes_per_second
+    knowing = min(sides * stacked * (stacked + 2 * rank), 2 * area * (stacked + rank))
+    return reading + knowing / rates.flops_per_second, reading + 4 * sides * stacked * rank / rates.flops_per_second
 
 
-def methods(size: Size, decompositions: Seconds, repeats: int = 3) -> list[Method]:
+def methods(size: Size, dense: Dense, repeats: int = 5, folder: Path | None = None) -> list[Method]:
     """The first module of that size in memory, one thread: the exact and the quick method beside the dense form."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="hlora-bench-") as folder:
-        blobs = Blobs.open(f"file://{folder}/blobs")
-        one = replace(size, shapes=size.shapes[:1])
-        task, shape = gather(one, blobs), one.shapes[0]
-        terms = _terms(task, blobs, "module.000")
-        dense = _dense_seconds(one, task, blobs, shape, decompositions)
-    w, rank = Sum(shape, [Term(factors, weight) for weight, factors in terms]), task.plan.global_rank
-    ways: dict[str, Callable[[Sum], object | None]] = {
-        "exact": lambda w: truncation.exact(stacked(w), rank),
-        "quick": lambda w: truncation.quick(stacked(w), rank),
+    one = replace(size, shapes=size.shapes[:1])
+    with _gathered(one, folder) as (task, blobs):
+        terms, shape, rank = _terms(task, blobs, "module.000"), one.shapes[0], task.plan.global_rank
+        dense_seconds = dense.seconds(terms, shape)
+    w = Sum(shape, [Term(factors, weight) for weight, factors in terms])
+    ways: dict[str, Callable[[], truncation.Singular | None]] = {
+        "exact": lambda: truncation.exact(stacked(w), rank),
+        "quick": lambda: truncation.quick(stacked(w), rank),
     }
-    found = {name: _best(way, w, repeats) for name, way in ways.items()}
     common = {"n_out": shape[0], "n_in": shape[1], "clients": one.clients, "stacked_rank": w.rank, "rank": rank}
-    return [
-        Method(method=name, seconds=seconds, dense_seconds=dense, ratio=dense / seconds, machine=this_machine(), **common)
-        for name, seconds in found.items()
-    ]
+    return [_method(name, way, terms, shape, dense_seconds, repeats, common) for name, way in ways.items()]
 
 
-def _best(way: Callable[[Sum], object | None], w: Sum, repeats: int) -> float:
+def _method(
+    name: str,
+    way: Callable[[], truncation.Singular | None],
+    terms: Terms,
+    shape: Shape,
+    dense_seconds: float,
+    repeats: int,
+    common: dict[str, int],
+) -> Method:
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        found = way(w)
+        found = way()
         times.append(time.perf_counter() - began)
-        assert found is not None, f"the certificate asks for less than {truncation.HAIR:.0%}, which this crowd allows"
-    return min(times)
+    assert found is not None, f"the certificate asks for less than {truncation.HAIR:.0%}, which this crowd allows"
+    result = written(found, common["stacked_rank"])
+    real = truth(terms, shape, result.padded(common["rank"]))
+    said = (1 - result.kept(common["rank"])) * result.total
+    return Method(
+        method=name,
+        seconds=min(times),
+        dense_seconds=dense_seconds,
+        ratio=dense_seconds / min(times),
+        relative_excess=real.relative_excess,
+        error_ratio=real.error_ratio,
+        certificate_error=abs(said / real.lost - 1),
+        machine=this_machine(),
+        **common,
+    )
 
 
 def report(found: Merge | Method) -> str:
     """One measurement for a person."""
+    accuracy = (
+        f"error {found.error_ratio - 1:.1e} above the least ({found.relative_excess:.1e} of the sum), "
+        f"certificate true to {found.certificate_error:.1e}"
+    )
     if isinstance(found, Method):
         return (
             f"one module {found.n_out} × {found.n_in}, {found.clients} clients, one thread, {found.method}: "
-            f"{1000 * found.seconds:.0f} ms, dense form {found.dense_seconds:.2f} s ({found.ratio:.0f} times)"
+            f"{1000 * found.seconds:.0f} ms, dense form {found.dense_seconds:.2f} s ({found.ratio:.0f} times), {accuracy}"
         )
     return (
         f"{found.size}, {found.clients} clients, {found.wire}{', extrapolated' if found.extrapolated else ''}: {found.seconds:.2f} s from "
-        f"files, dense form {found.dense_seconds:.1f} s ({found.ratio:.1f} times), {found.limit_share:.0%} of the machine's limit, peak "
-        f"{'unknown' if found.peak_megabytes is None else f'{found.peak_megabytes:.0f} MB'}, error {found.error_ratio - 1:.1e} above the "
-        f"least ({found.relative_excess:.1e} of the sum), certificate true to {found.certificate_error:.1e}"
+        f"files, dense form {found.dense_seconds:.1f} s ({found.ratio:.1f} times), {found.limit_share:.0%} of the machine's limit "
+        f"({found.bare_limit_share:.0%} of the bare one), peak "
+        f"{'unknown' if found.peak_megabytes is None else f'{found.peak_megabytes:.0f} MB'}, {accuracy}"
     )
 
 
@@ -230,19 +256,37 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="a part of RoBERTa-large alone, under a minute")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="fewer modules of each, under a minute; the whole takes a quarter of an hour")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON line for each measurement")] = False,
+    folder: Annotated[Path | None, typer.Option(help="where the contributions lie meanwhile, up to 4 GB; by default the system's")] = None,
 ) -> None:
-    """Merge rounds of clients with unequal ranks, beside the dense form."""
-    decompositions: Seconds = {}
+    """Merge rounds of clients with unequal ranks from files, beside the dense form, and hold the results against float64.
+
+    First single modules in memory on one thread, by the exact and the quick method; then RoBERTa-large and a block of
+    Llama-2-7B with 10 to 1,000 clients of ranks 4 to 64, on all cores. Close other programs first.
+    """
+    dense = Dense()
     sizes = QUICK if quick else SIZES
-    told = {size.shapes[0]: size for size in sizes if size.clients == 20}
-    for one in told.values():
-        for method in methods(one, decompositions):
-            typer.echo(method.model_dump_json() if as_json else report(method))
-    for size in sizes:
-        found = measure(size, decompositions)
-        typer.echo(found.model_dump_json() if as_json else report(found))
+    alone = {size.shapes[0]: size for size in sizes if size.clients == 20}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(alone) + len(sizes))
+        for one in alone.values():
+            progress.update(task, description=f"one module {one.shapes[0][0]} × {one.shapes[0][1]}")
+            for method in methods(one, dense, folder=folder):
+                _say(method, as_json)
+            progress.advance(task)
+        for size in sizes:
+            progress.update(task, description=f"{size.name}, {size.clients} clients, {size.wire}")
+            _say(measure(size, dense, folder=folder), as_json)
+            progress.advance(task)
+
+
+def _say(found: Merge | Method, as_json: bool) -> None:
+    typer.echo(found.model_dump_json() if as_json else report(found))
 
 
 if __name__ == "__main__":

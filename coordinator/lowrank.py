@@ -55,7 +55,7 @@ def truncate(w: Sum, rank: int) -> Truncation:
     """
     if not w.terms:
         raise errors.NoContributions("a sum needs at least one term")
-    return _written(_singular(w, rank), w.rank)
+    return written(_singular(w, rank), w.rank)
 
 
 def _singular(w: Sum, rank: int) -> truncation.Singular:
@@ -66,7 +66,8 @@ def _singular(w: Sum, rank: int) -> truncation.Singular:
     return found or truncation.exact(stack, rank)
 
 
-def _written(found: truncation.Singular, stacked_rank: int) -> Truncation:
+def written(found: truncation.Singular, stacked_rank: int) -> Truncation:
+    """Singular triplets as they are published. Raises NonFiniteSlice where float32 cannot hold them."""
     b, a = found.b.float(), found.a.float()
     if not (_finite(b) and _finite(a)):
         raise errors.NonFiniteSlice("the merged factors are larger than float32 can hold")

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from benchmarks import fleet, rounds
 from benchmarks.__main__ import BENCHMARKS, app
 from benchmarks.crowd import Size
+from benchmarks.dense import Dense
 from benchmarks.machine import this_machine
-from benchmarks.merge import Merge, measure, methods, report
+from benchmarks.merge import Merge, Method, measure, methods, report
 from benchmarks.service import database, file_system, serving
 from protocol.plan import Dtype, Float
 
@@ -24,7 +25,7 @@ from protocol.plan import Dtype, Float
 @pytest.mark.parametrize("wire", get_args(Float))
 @pytest.mark.parametrize("clients", [4, 40])
 def test_a_merge_is_measured_beside_the_dense_form_and_is_right(wire: Dtype, clients: int) -> None:
-    found = measure(Size("small", ((48, 40), (40, 48)), clients, wire, copies=3, ladder=(1, 2, 4)), {}, workers=1)
+    found = measure(Size("small", ((48, 40), (40, 48)), clients, wire, copies=3, ladder=(1, 2, 4)), Dense(), workers=1)
     assert found.relative_excess < 1e-7
     assert found.certificate_error < 0.01
     assert found.ratio == found.dense_seconds / found.seconds
@@ -35,9 +36,11 @@ def test_a_merge_is_measured_beside_the_dense_form_and_is_right(wire: Dtype, cli
 
 
 def test_both_methods_are_measured_on_one_module() -> None:
-    exact, quick = methods(Size("small", ((300, 280),), 20, ladder=(4, 8)), {}, repeats=1)
+    exact, quick = methods(Size("small", ((300, 280),), 20, ladder=(4, 8)), Dense(), repeats=1)
     assert (exact.method, quick.method) == ("exact", "quick")
     assert exact.dense_seconds == quick.dense_seconds
+    assert exact.relative_excess < 1e-8
+    assert max(exact.certificate_error, quick.certificate_error) < 0.01
     assert "one thread, quick" in report(quick)
 
 
@@ -76,9 +79,10 @@ def test_every_benchmark_is_a_command_of_its_own(benchmark: str) -> None:
 def test_the_quick_benchmark_prints_json_lines() -> None:
     lines = CliRunner().invoke(app, ["merge", "--quick", "--json"]).output.splitlines()
     merges = [Merge.model_validate(json.loads(line)) for line in lines if "copies" in line]
-    assert [found.clients for found in merges] == [20, 20, 100]
+    assert [found.clients for found in merges] == [10, 20, 100, 1000, 20, 1000, 20]
+    assert {Method.model_validate(json.loads(line)).method for line in lines if "copies" not in line} == {"exact", "quick"}
     assert all(found.certificate_error < 0.01 and found.error_ratio < 1.005 for found in merges)
-    assert len(lines) == 5
+    assert len(lines) == 11
 
 
 def test_the_fuzzer_finds_nothing_in_a_short_run_or_says_what_it_needs() -> None:
