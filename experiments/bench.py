@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -13,12 +13,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from admin import words
 from experiments import course, fleet, material
-from experiments.course import Setup
+from experiments.course import Setup, Told
 from experiments.experiment import Contestant, Experiment
 from experiments.material import Places
 from experiments.records import Results
-
-Told = Callable[[], None]
 
 
 @dataclass

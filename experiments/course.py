@@ -69,6 +69,7 @@ class _Course:
     """One federation, from its first round to its last."""
 
     def __init__(self, setup: Setup, team: Sequence[Member], plan: Plan, folder: Path) -> None:
+        self._began = perf_counter()
         self._setup, self._plan = setup, plan
         self._measures = setup.experiment.measures
         self._measurer = Measurer.prepared(plan, setup.held_out, self._measures.batch_size)
@@ -76,13 +77,12 @@ class _Course:
         self._folder = folder
         rows = folder / "rows"
         rows.mkdir()
-        disturbances = setup.experiment.disturbances
-        self._devices = fleet.devices(team, setup.training, rows, setup.seed, disturbances, self._stopwatch)
+        self._devices = fleet.devices(team, setup.training, rows, setup.seed, setup.experiment.disturbances, self._stopwatch)
 
     async def rounds(self) -> AsyncIterator[RoundRecord]:
         """Each round once it is published."""
         async with federation(self._devices, self._folder, executor=EXECUTOR) as found:
-            told, trained, began = -1, 0.0, perf_counter()
+            told, trained, began = -1, 0.0, self._began
             async for run in found.run(self._plan):
                 for number in range(told + 1, run.round + 1):
                     view = await found.round(run.id, number)
@@ -123,6 +123,7 @@ def _brief(values: Values) -> Values:
 
 
 def _header(setup: Setup, contestant: Contestant, plan: Plan) -> Header:
+    by_class = contestant.kind == "federated" and "ranks" not in {*setup.experiment.plan, *contestant.plan}
     named = plan.model_copy(update={"model": plan.model.model_copy(update={"id": setup.experiment.model})})
     assert plan.model.fingerprint is not None, "a resolved plan has its model's fingerprint"
     return Header(
@@ -132,7 +133,7 @@ def _header(setup: Setup, contestant: Contestant, plan: Plan) -> Header:
         settings=setup.experiment.digest(contestant),
         plan=named.digest(),
         model=plan.model.fingerprint,
-        ranks={kind.name: contestant.rank or kind.rank for kind in setup.experiment.classes},
+        ranks={kind.name: contestant.rank or kind.rank for kind in setup.experiment.classes} if by_class else {},
         mixes={name: _brief(mix) for name, mix in fleet.mixes(setup.members, setup.training).items()},
         headline=plan.ranks.ladder[-1],
         software=records.software(),

@@ -56,7 +56,7 @@ class DeviceClass(Strict):
 class Disturbances(Strict):
     """What happens to machines: drawn anew for every client and round, from the seed."""
 
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="probability that a client goes away with its job undone")
+    dropout: float = Field(default=0.0, ge=0, le=1, description="probability that a client goes away with its job undone, once a round")
     slowness: float = Field(default=0.0, ge=0, le=10, description="σ of the log-normal factor by which steps take longer; jobs are cut")
 
 

@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.data import Catalogue, Source
@@ -50,13 +50,15 @@ class Participant(Device):
     seed: int
     disturbances: Disturbances
     stopwatch: Stopwatch
+    away: set[int] = field(default_factory=set)  # rounds in which it went away, once each
 
     def trains(self, train: Train) -> Train:
         """The real training, unless the device goes away; cut to the steps that a slow one has time for."""
 
         def disturbed(job: Job, start: Slice, tell: Tell) -> Outcome:
             chance = random.Random(f"{self.seed}/{self.name}/{job.round}")
-            if chance.random() < self.disturbances.dropout:
+            if chance.random() < self.disturbances.dropout and job.round not in self.away:
+                self.away.add(job.round)
                 raise errors.HLoRAError("the device went away")
             outcome = train(job, start, _until(self._steps(job, chance), tell))
             self.stopwatch.seconds += outcome.usage.seconds

@@ -48,7 +48,7 @@ class Header(Record):
     settings: str  # the digest of all that the run follows from, but seed and model
     plan: str  # the plan's digest, with the model under the experiment's name for it
     model: str  # fingerprint
-    ranks: dict[str, int]  # class of device → the rank that it runs
+    ranks: dict[str, int]  # class of device → the rank that it runs, where that follows from its class
     mixes: dict[str, dict[str, float]]  # class → kind of rows → share of its rows
     headline: int  # the largest rank that any device runs: where the global adapter is looked at first
     software: dict[str, str]
@@ -58,7 +58,7 @@ class Header(Record):
 class Seconds(Record):
     """Where a round's time went."""
 
-    whole: float  # from one publication to the next, without measuring
+    whole: float  # from one publication to the next, without measuring; the first round's with all that is made once
     train: float  # steps of agents: forward, backward, optimiser
     merge: float
     measure: float

@@ -46,7 +46,7 @@ class Line:
         """The last value for one class of devices: at its own rank, on its own mix of rows."""
         found = {}
         for seed, run in self.runs.items():
-            at = run.rounds[-1].measures.get(run.header.ranks[kind])
+            at = run.rounds[-1].measures.get(run.header.ranks.get(kind, 0))
             if at is not None and run.header.mixes[kind].keys() <= at.keys():
                 found[seed] = sum(share * at[rows][self.metric] for rows, share in run.header.mixes[kind].items())
             elif at is not None:
