@@ -116,6 +116,24 @@ async def test_a_buffered_plan_ends_and_publishes_the_same_bytes_again(model: Pa
     assert len(set(first)) == 5
 
 
+@pytest.mark.parametrize(("strategy", "up"), [("folded", 1.0), ("flora", 1.0), ("fedex", 1.0), ("ffa", 0.5)])
+async def test_agents_train_what_a_strategy_hands_out_and_send_back_what_they_trained(
+    strategy: str, up: float, model: Path, fleet: Path, tmp_path: Path
+) -> None:
+    plan = _plan(model, strategy={"name": strategy}, cap=12, rounds=1, evaluation={"every": 0}, ranks={"name": "fixed", "ladder": [2]})
+    async with federation(device.fleet(fleet), tmp_path) as found:
+        last = [run async for run in found.run(plan)][-1]
+        assert last.state is RunState.finished, last.reason
+        (_, first) = await found.rounds(last.id)
+    assert first.manifest is not None
+    assert {len(input.directions or (0, 1)) for input in first.manifest.inputs} == {2}
+    assert plan.layout is not None
+    trained = 4 * (plan.layout.numbers(2) - plan.layout.numbers(0))  # bytes of the directions; queries and values are square
+    sizes = {job.slice.bytes for job in first.jobs if job.slice is not None}
+    assert len(sizes) == 1
+    assert 0 < sizes.pop() - 4 * plan.layout.numbers(0) - up * trained < 4096, "and a header"
+
+
 async def test_what_travels_as_int8_publishes_the_same_bytes_again(model: Path, fleet: Path, tmp_path: Path) -> None:
     plan = _plan(model, strategy={"name": "rotating"}, uploads="int8", rounds=1, evaluation={"every": 0})
     first = await _digests(plan, fleet, tmp_path / "first")
