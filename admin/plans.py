@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from admin import words
 from admin.command import AsJson, answer, facts, group, table
 from protocol import errors
+from protocol.contents import body_length
 from protocol.plan import Plan
 
 app = group("Look at plans before they run.")
@@ -100,7 +101,15 @@ def _summary(plan: Plan) -> RenderableType:
 def _costs(plan: Plan) -> RenderableType:
     layout = plan.layout
     assert layout is not None
-    columns = ("rank", "trained numbers", "slice", "scale")
-    counts = {rank: layout.numbers(rank) for rank in plan.ranks.ladder}
-    rows = [(str(rank), f"{n:,}", words.size(plan.wire.size * n), f"{plan.adapter.scale(rank):g}") for rank, n in counts.items()]
+    columns = ("rank", "trained numbers", "slice", "trained slice", "scale")
+    rows = [
+        (
+            str(rank),
+            f"{layout.numbers(rank):,}",
+            words.size(body_length(layout, rank, plan.wire)),
+            words.size(body_length(layout, rank, plan.upload)),
+            f"{plan.adapter.scale(rank):g}",
+        )
+        for rank in plan.ranks.ladder
+    ]
     return table(*columns, rows=rows, right=columns)

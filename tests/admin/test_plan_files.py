@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from admin import plans
+from admin import plans, words
 from admin.__main__ import app
 from protocol import errors
 from protocol.plan import Plan
@@ -94,6 +94,14 @@ def test_checking_a_plan_says_what_it_amounts_to(toml: Path) -> None:
     found = Plan.model_validate(json.loads(CliRunner().invoke(app, ["plans", "check", str(toml), "--json"]).stdout))
     assert found.layout is not None
     assert found.model.fingerprint is not None
+
+
+def test_checking_a_plan_says_how_long_slices_and_trained_slices_are(toml: Path) -> None:
+    toml.write_text('uploads = "int8"\n' + toml.read_text())
+    result = CliRunner().invoke(app, ["plans", "check", str(toml)])
+    count = 2 * 4 * 64 + 99
+    # in int8 two scales of each of two modules' four directions, one of the bias and three of the head's rows
+    assert f"{count} {words.size(4 * count)} {words.size(count + 4 * (2 * 2 * 4 + 1 + 3))}" in " ".join(result.stdout.split())
 
 
 def test_a_base_model_that_cannot_be_had_is_one_line(toml: Path, tmp_path: Path) -> None:
