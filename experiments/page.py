@@ -11,6 +11,7 @@ from experiments.experiment import Contestant, Experiment
 from experiments.records import FILE, Finished
 from experiments.report import opened
 from experiments.tables import tables
+from protocol import errors
 
 PAGE, STORED, IMAGES = "evidence.md", "evidence", "images"
 WRITTEN = "<!-- Written by `python -m experiments publish`; change the results or the code that it is made from. -->\n"
@@ -19,7 +20,7 @@ WRITTEN = "<!-- Written by `python -m experiments publish`; change the results o
 def publish(results: Sequence[Path], docs: Path) -> Path:
     """Store these results in the documents' folder, instead of older ones of the same experiments; gives the page.
 
-    Raises InvalidRequest for a folder without results.
+    Raises InvalidRequest for a folder without results, and where none are stored.
     """
     for folder in results:
         experiment, _ = opened(folder)
@@ -28,6 +29,8 @@ def publish(results: Sequence[Path], docs: Path) -> Path:
         for part in ("runs", "partitions"):
             shutil.copytree(folder / part, stored / part, ignore=shutil.ignore_patterns("*.part"))
         shutil.copyfile(folder / FILE, stored / FILE)
+    if not (docs / STORED).is_dir():
+        raise errors.InvalidRequest(f"no results are stored in {docs / STORED}; name a folder of results")
     for folder in sorted((docs / STORED).iterdir()):
         experiment, runs = opened(folder)
         (docs / IMAGES).mkdir(exist_ok=True)

@@ -213,6 +213,7 @@ def test_the_command_leaves_results_tables_and_pictures(quick: Path) -> None:
 
 
 def test_what_is_published_is_a_page_that_names_all_that_was_run(quick: Path, tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["publish", "--docs", str(tmp_path)]).exit_code == 1
     shown = CliRunner().invoke(app, ["publish", str(quick), "--docs", str(tmp_path)])
     assert shown.output.strip() == str(tmp_path / "evidence.md")
     text = (tmp_path / "evidence.md").read_text()
