@@ -1,13 +1,16 @@
 """What a round publishes: the global adapter, one slice per rung of the ladder, and what training starts from, module by module.
 
-The parts come in the order of the file and go to disk at once, so that no more than a few modules are in memory.
+The parts come in the order of the file and go to disk soon, so that no more than a few modules are in memory; the files are
+hashed and written beside each other.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,8 @@ from protocol.messages import BlobRef
 from protocol.plan import Dtype, Layout, Plan, Split
 from protocol.slices import TORCH_DTYPES, Factors, numbers
 from protocol.views import Energy
+
+BATCH = 1 << 20  # bytes of a file that are hashed and written at a time
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class Assembly:
 
     def __enter__(self) -> Self:
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix=GROWING)))
+        self._writers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="assembly")
         layout, plan = layout_of(self._plan), self._plan
         label = Label(rank=plan.global_rank, scale=1.0, round=self._round)
         self._adapter = self._spool(folder / "adapter", head(layout, label, Dtype.float32))
@@ -159,6 +165,7 @@ class Assembly:
         for start in dict.fromkeys(self._begun.values()):
             label = Label(rank=start.directions, scale=start.scale, round=self._round)
             self._starts[start] = self._spool(folder / f"start-{len(self._starts)}", head(layout, label, plan.wire))
+        self._open.enter_context(self._writers)  # last, so that they end before their files are closed
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,6 +183,8 @@ class Assembly:
 
     def publish(self, blobs: Blobs) -> Merged:
         """Keep the files as blobs."""
+        for settled in [spool.settle() for spool in (self._adapter, *self._slices.values(), *self._starts.values())]:
+            settled.result()
         adapter = self._adapter.keep(blobs)
         crash.reached(Point.first_blob_kept)
         slices = {rank: spool.keep(blobs) for rank, spool in self._slices.items()}
@@ -185,23 +194,48 @@ class Assembly:
         return Merged(adapter=adapter, slices=slices, starts=begun, energy=self._energy)
 
     def _spool(self, path: Path, start: bytes) -> _Spool:
-        spool = _Spool(path, self._open.enter_context(path.open("wb")))
+        spool = _Spool(path, self._open.enter_context(path.open("wb")), self._writers)
         spool.write(start)
         return spool
 
 
 class _Spool:
-    """A file that knows the digest of what was written to it."""
+    """A file that knows the digest of what was written to it; a batch is written while the next one is collected."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path = path
-        self._file = file
+    def __init__(self, path: Path, file: BinaryIO, writers: Executor) -> None:
+        self._path, self._file, self._writers = path, file, writers
         self._hash = hashlib.sha256()
+        self._batch, self._size = list[bytes](), 0
+        self._writing: Future[None] | None = None
 
     def write(self, data: bytes) -> None:
-        self._hash.update(data)
-        self._file.write(data)
+        """Write this too, soon. Raises what the batch before it met."""
+        self._batch.append(data)
+        self._size += len(data)
+        if self._size >= BATCH:
+            self._begin(self._write)
+
+    def settle(self) -> Future[None]:
+        """Write what is left, and make all of it durable."""
+        return self._begin(self._finish)
 
     def keep(self, blobs: Blobs) -> BlobRef:
-        self._file.flush()
+        """The file as a blob, once it has settled."""
         return blobs.put_file(self._path, "sha256:" + self._hash.hexdigest())
+
+    def _begin(self, work: Callable[[list[bytes]], None]) -> Future[None]:
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._writers.submit(work, self._batch)
+        self._batch, self._size = [], 0
+        return self._writing
+
+    def _write(self, batch: list[bytes]) -> None:
+        for data in batch:
+            self._hash.update(data)
+            self._file.write(data)
+
+    def _finish(self, batch: list[bytes]) -> None:
+        self._write(batch)
+        self._file.flush()
+        os.fsync(self._file.fileno())
