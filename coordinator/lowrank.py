@@ -59,7 +59,7 @@ def truncate(w: Sum, rank: int) -> Truncation:
 
 
 def _singular(w: Sum, rank: int) -> truncation.Singular:
-    if w.rank >= min(w.shape):
+    if truncation.wide(w.shape, w.rank, rank):
         return folded(w, rank)
     stack = stacked(w)
     found = truncation.quick(stack, rank) if truncation.quicker(w.shape, stack.rank, rank) else None

@@ -18,7 +18,7 @@ from protocol import errors
 HAIR = 0.01  # what the quick methods leave out is at most so much more than the least that can be left out
 EXACT = 1e-8  # the error of what is kept exceeds the least by at most this share of ‖W‖
 NARROW = 128  # a stack up to here is done exactly before anything else has begun
-ADVANTAGE = 1.2  # times, by the estimate below
+ADVANTAGE = 1.2  # times by the estimate below: an exact result is worth a little
 NOISE = 2e-8  # of what is left out by float32 Gram matrices, as a share of the whole; measured: below 1e-8
 OPERATOR_NOISE = 4 * torch.finfo(torch.float32).eps  # the same of their largest eigenvalue
 LIFT = 4e-6  # of a float32 Gram matrix, so that nearly dependent rows have a Cholesky factor; it only raises eigenvalues
@@ -39,20 +39,26 @@ class Singular:
 
 def quicker(shape: tuple[int, int], stacked: int, rank: int) -> bool:
     """Whether the quick method is worth trying."""
-    slow, fast = exact_seconds(shape, stacked, rank), quick_seconds(shape, stacked, rank)
+    slow, fast, _folded = seconds(shape, stacked, rank)
     return stacked > max(NARROW, 2 * (rank + spectrum.EXTRA)) and slow > ADVANTAGE * fast
 
 
-def exact_seconds(shape: tuple[int, int], stacked: int, rank: int) -> float:
-    """What the exact method takes on one core, by a fit to measured times (see decision 22)."""
-    sides = sum(shape)
-    return sides * stacked**2 / 42e9 + stacked**3 / 13e9 + sides * stacked * rank / 25e9 + stacked**2 * (2 * rank + 24) / 2.3e9 + 0.005
+def wide(shape: tuple[int, int], stacked: int, rank: int) -> bool:
+    """Whether one dense matrix is less work than the Gram matrices of a stack; it always is from the smaller side on."""
+    slow, fast, folded = seconds(shape, stacked, rank)
+    return stacked >= min(shape) or (stacked > NARROW and folded < (fast if quicker(shape, stacked, rank) else slow))
 
 
-def quick_seconds(shape: tuple[int, int], stacked: int, rank: int) -> float:
-    """What the quick method takes."""
-    sides = sum(shape)
-    return sides * stacked**2 / 90e9 + stacked**3 / 28e9 + sides * stacked * rank / 16e9 + stacked**2 * (rank + 24) / 4.9e9 + 0.004
+def seconds(shape: tuple[int, int], stacked: int, rank: int) -> tuple[float, float, float]:
+    """What the exact, the quick and the folded method take on one core, by a fit to times measured on an Intel Xeon.
+
+    The terms are the Gram matrices, their decomposition, and the steps of the iteration with the result.
+    """
+    sides, area, width = sum(shape), shape[0] * shape[1], rank + spectrum.EXTRA
+    slow = sides * stacked**2 / 53e9 + stacked**3 / 13e9 + stacked**2 * (width + rank) / 1.6e9 + 0.009
+    fast = sides * stacked**2 / 109e9 + stacked**3 / 25e9 + stacked**2 * width / 2.4e9 + 0.006
+    folded = area * stacked / 40e9 + area * min(shape) / 83e9 + area * width / 3e9 + 0.008
+    return slow, fast, folded
 
 
 @dataclass(frozen=True)

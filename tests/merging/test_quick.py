@@ -13,7 +13,7 @@ from coordinator.aggregation import check
 from coordinator.lowrank import truncate
 from coordinator.stacks import stacked
 from coordinator.sums import Sum, Term
-from coordinator.truncation import quick, quicker
+from coordinator.truncation import quick, quicker, wide
 from protocol.plan import Choice
 from protocol.slices import Factors
 from tests.merging.small import best
@@ -59,12 +59,19 @@ def test_what_the_quick_method_leaves_out_is_proved_to_be_near_the_least(
 
 
 def test_the_rule_takes_the_quick_method_where_many_directions_are_stacked_and_few_are_wanted() -> None:
-    assert quicker((1024, 1024), 900, 64)
-    assert quicker((4096, 4096), 2500, 64)
     assert quicker((1024, 1024), 496, 64)
-    assert quicker((4096, 4096), 496, 64)
+    assert quicker((4096, 4096), 2480, 64)
     assert not quicker((4096, 4096), 128, 8)
-    assert not quicker((1024, 1024), 200, 128)
+    assert not quicker((1024, 1024), 170, 64)
+
+
+def test_the_rule_forms_the_sum_where_a_stack_would_be_nearly_as_wide() -> None:
+    assert wide((1024, 1024), 1024, 64)
+    assert wide((1024, 1024), 950, 64)
+    assert not wide((1024, 1024), 496, 64)
+    assert not wide((4096, 4096), 2480, 64)
+    assert wide((24, 24), 24, 4)
+    assert not wide((24, 24), 23, 4)
 
 
 def test_where_the_rule_takes_it_the_truncation_says_how_much_may_be_missing() -> None:
