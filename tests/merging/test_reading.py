@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +13,8 @@ import torch
 from coordinator.blobs import Blobs
 from coordinator.reading import StoredFactors, open_file, open_slice
 from protocol import errors
-from protocol.contents import Label
+from protocol.compact import trained_parts
+from protocol.contents import Label, read_header
 from protocol.plan import Dtype, Float
 from protocol.slices import Factors, Slice, pack
 from tests.merging.small import LAYOUT
@@ -92,3 +95,41 @@ def test_a_header_that_is_longer_than_an_honest_one_is_not_even_read(tmp_path: P
 def test_a_slice_that_is_not_there_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(errors.NotFound):
         open_slice(Blobs.open(tmp_path.as_uri()), f"sha256:{1:064}")
+
+
+def test_slices_of_one_shape_share_one_table_in_memory(tmp_path: Path) -> None:
+    blobs, slice = Blobs.open(tmp_path.as_uri()), make_slice()
+    labels = [slice.label.model_copy(update={"round": number}) for number in (3, 4)]
+    first, second = (open_slice(blobs, blobs.put(pack(replace(slice, label=label), LAYOUT, Dtype.float32)).digest) for label in labels)
+    assert (first.header.label, second.header.label) == tuple(labels)
+    assert first.header.entries is second.header.entries
+
+
+def test_a_slice_that_was_cut_short_after_it_was_opened_is_refused(tmp_path: Path) -> None:
+    blobs = Blobs.open(tmp_path.as_uri())
+    ref = blobs.put(pack(make_slice(), LAYOUT, Dtype.float32))
+    reader = open_slice(blobs, ref.digest)
+    file = tmp_path / ref.digest.replace(":", "/")
+    with file.open("rb+") as opened:
+        opened.truncate(ref.bytes // 2)
+    with pytest.raises(errors.TruncatedBody):
+        reader.full("head.weight")
+
+
+def test_int8_entries_in_any_place_are_read(tmp_path: Path) -> None:
+    """Neighbours come in one read; tensors that somebody wrote in another order come one by one, with the same numbers."""
+    start = make_slice(3)
+    data = b"".join(trained_parts(make_slice(3), start, LAYOUT, Dtype.int8))
+    blobs = Blobs.open(tmp_path.as_uri())
+    expected = open_slice(blobs, blobs.put(data).digest).trained_factors("block.v", lambda: start.factors["block.v"])
+    header = read_header(data, len(data))
+    table: dict[str, object] = {"__metadata__": {"hlora": header.label.model_dump_json(exclude_none=True)}}
+    body = b""
+    for name, entry in sorted(header.entries.items(), key=lambda item: item[0][::-1]):  # all of a, all of b, all scales
+        table[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [len(body), len(body) + entry.stop - entry.start]}
+        body += data[entry.start : entry.stop]
+    text = json.dumps(table).encode()
+    shuffled = open_slice(blobs, blobs.put(len(text).to_bytes(8, "little") + text + body).digest)
+    found = shuffled.trained_factors("block.v", lambda: start.factors["block.v"])
+    assert torch.equal(found.a, expected.a)
+    assert torch.equal(found.b, expected.b)
