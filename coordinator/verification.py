@@ -185,7 +185,8 @@ class Verifier:
         if wrong := [what for what in record.names | names if names.get(what) != record.names.get(what)]:
             return Verdict.differs, f"{', '.join(wrong)}: other bytes than were published{self._versions(record)}"
         count = len(task.inputs) if isinstance(task, RoundTask) else 0
-        return Verdict.agrees, f"adapter and {len(made.slices)} slices, from {f'{count} contributions' if count else 'the plan alone'}"
+        files = f"adapter and {len(made.slices)} slices" + (f", {len(made.starts)} starts" if made.starts else "")
+        return Verdict.agrees, f"{files}, from {f'{count} contributions' if count else 'the plan alone'}"
 
     def _make(self, task: RoundTask | Plan) -> Merged:
         with tempfile.TemporaryDirectory(prefix="hlora-") as folder:

@@ -162,6 +162,9 @@ is the sum's best approximation at the cap, in singular form, or factors that go
 averages (`fedavg`, `hetlora`, `zero_pad`), averages and what they miss (`fedex`), b beside an a that never changes (`ffa`).
 Whatever is kept, slices for evaluation and adapters that are fetched are cut from its best approximation.
 
+With a [buffer](concepts.md#rounds-that-merge-what-comes) contributions begin from different versions of the adapter. Those that can merge
+such: {", ".join(f"`{n}`" for n, k in kinds.items() if k.stale)}.
+
 In formulas: W is the adapter, p the clients' shares of the weight, s their scales, b and a their factors, b₀ a₀ the directions
 that each was given to train, qᵢ the share of those who trained direction i.
 

@@ -145,6 +145,7 @@ def names() -> list[str]:
     return sorted({*_files(), *(point.name for point in entry_points(group=GROUP))})
 
 
+@functools.cache  # asked for with every job, and for every client in every look
 def load(name: str) -> type[Strategy]:
     """The strategy of that name. Raises InvalidPlan for a name that is not there; nothing else is ever imported."""
     if name in _files():
@@ -176,13 +177,12 @@ def describe() -> list[Description]:
 
 def _describe(name: str, kind: type[Strategy]) -> Description:
     summary = (kind.__doc__ or name).strip().splitlines()[0]
-    properties = {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "source": kind.source}
+    properties = {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "stale": kind.stale, "source": kind.source}
     properties |= {"equal_ranks": kind.equal_ranks, "equation": kind.equation, "cost": kind.cost}
     properties |= {"portion": kind.portion, "down": DOWN[kind.portion], "up": UP[kind.sides]}
     return Description(name=name, summary=summary, options=kind.model_json_schema(), properties=properties)
 
 
-@functools.cache  # asked for with every job
 def _files() -> list[str]:
     return [file.name for file in pkgutil.iter_modules(__path__)]
 

@@ -46,6 +46,7 @@ def test_every_strategy_says_what_it_is(name: str) -> None:
     assert re.fullmatch(r"[A-Z].{20,160}\.", described.summary)
     assert described.options["type"] == "object"
     claims = {"exact": kind.exact, "linear": kind.linear, "gauge_free": kind.gauge_free, "equal_ranks": kind.equal_ranks}
+    claims["stale"] = kind.stale
     travelling = {"portion": kind.portion, "down": aggregation.DOWN[kind.portion], "up": aggregation.UP[kind.sides]}
     assert described.properties == {**claims, **travelling, "equation": kind.equation, "cost": kind.cost, "source": kind.source}
 
