@@ -19,7 +19,7 @@ from protocol.states import JobState
 from protocol.views import Manifest
 from tests.federation import Federation, make_plan, make_profile, open_federation
 
-# Whatever a round's bytes may follow from: clipped changes, the adapter two rounds ago, two ranks, half precision.
+# Whatever a round's bytes may follow from: clipped changes, the adapter two rounds ago, two ranks, half precision, what int8 was added to.
 PLAN = make_plan(
     rounds=3,
     evaluation={"every": 0},
@@ -27,6 +27,7 @@ PLAN = make_plan(
     ranks={"name": "labels", "ladder": [2, 4], "options": {"label": "class", "table": {"small": 2}, "default": 4}},
     norm={"bound": 1.0},
     wire="bfloat16",
+    uploads="int8",
 )
 
 
