@@ -96,6 +96,7 @@ def _labels(task: Task) -> tuple[str, ...]:
 def _load(place: Path, kind: str, labels: tuple[str, ...], device: str, dtype: torch.dtype | None) -> Base:
     base = _open(place, kind, labels, dtype=dtype or "auto")
     base.model.to(device)
+    base.model.config.get_text_config().use_cache = False  # keys and values are copied for generation alone; the bits are the same
     return base
 
 

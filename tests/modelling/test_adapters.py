@@ -121,6 +121,15 @@ def test_jobs_of_one_process_share_one_base_model(encoder: Path) -> None:
     assert load(plan) is load(plan)
 
 
+def test_nothing_is_kept_for_generation_and_the_logits_are_the_same(decoder: Path) -> None:
+    plan = resolve(tiny_plan(decoder, CONTINUE))
+    with torch.no_grad():
+        ours, whole = load(plan).model(IDS), base.copy(plan.model, plan.task).model(IDS)
+    assert ours.past_key_values is None
+    assert whole.past_key_values is not None  # what is exported generates as quickly as ever
+    assert torch.equal(ours.logits, whole.logits)
+
+
 def test_a_base_model_that_is_not_the_plans_is_refused_with_both_fingerprints(encoder: Path) -> None:
     plan = resolve(tiny_plan(encoder))
     other = plan.model.model_copy(update={"fingerprint": "sha256:" + 64 * "0"})
