@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -162,8 +163,14 @@ class Layout(Strict):
 
     def numbers(self, rank: int, sides: Sides = Sides.both) -> int:
         """How many numbers a slice of this rank holds: Σ rank (n_out + n_in), without n_in for b alone, and the full tensors."""
-        width = sum(n_out + (n_in if sides is Sides.both else 0) for n_out, n_in in self.modules.values())
-        return rank * width + sum(math.prod(s) for s in self.full.values())
+        n_out, n_in, full = self.sums
+        return rank * (n_out + (n_in if sides is Sides.both else 0)) + full
+
+    @cached_property  # a large fleet asks for numbers many times a round
+    def sums(self) -> tuple[int, int, int]:
+        """Σ n_out and Σ n_in over the modules, and the numbers of the full tensors."""
+        outs, ins = zip(*self.modules.values(), strict=True)
+        return sum(outs), sum(ins), sum(math.prod(s) for s in self.full.values())
 
 
 class Training(Strict):
