@@ -19,6 +19,7 @@ from coordinator.sums import Sum
 from coordinator.truncation import Singular
 
 BLOCK = 512  # directions that are multiplied at a time
+ROWS = 64  # that are widened at a time
 ROOM = 300_000_000  # bytes of dense matrices in one process; two workers with 4096 × 4096 each fit
 LARGE = 1 << 28  # multiplications from which a sum is formed in float32
 
@@ -151,7 +152,7 @@ def _orthonormal(x: Tensor) -> Tensor:
 
 def _energy(x: Tensor) -> float:
     """‖x‖²_F, summed in float64."""
-    return math.fsum(float(x[start : start + BLOCK].double().square().sum()) for start in range(0, len(x), BLOCK))
+    return math.fsum(float(x[start : start + ROWS].double().square().sum()) for start in range(0, len(x), ROWS))
 
 
 def _below(mu: float, left: Tensor) -> bool:

@@ -122,7 +122,7 @@ def certified(matrix: Tensor, rank: int, *, width: int, noise: float, allowed: A
     the true one; eigenvalues closer together than that are not told apart.
     """
     scale = float(matrix.diagonal().sum())
-    if not scale > 0:
+    if not scale > 0 or len(matrix) < width:
         return None
     rough = matrix if matrix.dtype == torch.float32 else (matrix / scale).float()
     z = start(len(matrix), width)
