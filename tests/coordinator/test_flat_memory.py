@@ -1,4 +1,4 @@
-"""A slice of hundreds of megabytes passes through a coordinator whose memory does not grow with it.
+"""A slice of hundreds of megabytes passes through a coordinator whose memory does not grow with it, nor with many who send at once.
 
 What is measured is the process's largest resident set while the slice travels, above what it was before: all of it, anonymous
 memory and files mapped into memory alike. What the system keeps of files in its cache does not count, and nothing of a slice
@@ -7,6 +7,7 @@ is mapped. `HLORA_TEST_SLICE_MB` makes the slice larger.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import signal
@@ -46,6 +47,17 @@ PLAN = make_plan(
     times={"lease": 3600, "no_progress": 3600, "job": 3600, "round": 7200},
 )
 
+FEW, MANY = 4, 24  # that move a slice at once
+OF_EACH = 1 << 20  # bytes that each of them may cost, however long its slice is
+CROWD = make_plan(
+    layout=LAYOUT.model_copy(update={"full": {f"layer{n}.weight": (1024, 1024) for n in range(2)}}).model_dump(mode="json"),  # 8 MB
+    adapter={"modules": ["query"]},
+    ranks={"name": "fixed", "ladder": [2], "options": {"rank": 2}},
+    cohort={"target": 1 + FEW + MANY, "quorum": 1 + FEW + MANY},
+    evaluation={"every": 0},
+    times={"lease": 3600, "no_progress": 3600, "job": 3600, "round": 7200},
+)
+
 
 @pytest.fixture
 def service(sqlite_url: str, tmp_path: Path) -> Iterator[Service]:
@@ -67,15 +79,15 @@ def resident(service: Service, what: str) -> int:
 
 
 @contextmanager
-def flat(service: Service, what: str) -> Iterator[None]:
+def flat(service: Service, what: str, limit: int = LIMIT) -> Iterator[None]:
     """Holds the growth inside the block against the limit."""
     assert service.process is not None
     Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")  # the largest so far is now
     before = resident(service, "VmRSS")
     yield
     grown = resident(service, "VmHWM") - before
-    print(f"{what} of {MEGABYTES} MB: {grown >> 20} MB above {before >> 20} MB")
-    assert grown < LIMIT, f"{what} took {grown >> 20} MB"
+    print(f"{what}: {grown >> 20} MB above {before >> 20} MB")
+    assert grown < limit, f"{what} took {grown >> 20} MB"
 
 
 async def sending(file: Path, start: int, stop: int) -> AsyncIterator[bytes]:
@@ -150,3 +162,31 @@ async def test_a_large_slice_moves_through_little_memory(service: Service, tmp_p
             own = {"Authorization": f"Bearer {device.secret}"}
             async with device.http.stream("GET", f"/v1/blobs/{job.slice.digest}", headers=own) as coming:
                 assert sum([len(block) async for block in coming.aiter_raw()]) == job.slice.bytes
+
+
+async def held(device: Device) -> Job:
+    """The device's job of a round that opens soon."""
+    while (job := await device.next_job(wait=20)) is None:
+        pass
+    return job
+
+
+async def moved(device: Device, number: int) -> None:
+    """The device's job from the slice to start from to the one that is sent, which is no other device's."""
+    job = await held(device)
+    start = await device.blob(job.slice.digest)
+    label = Label(rank=job.rank, scale=job.scale, round=job.round, base=job.slice.digest, examples=number)
+    await device.put_slice(job, contents.head(job.layout, label, job.wire) + start[8 + int.from_bytes(start[:8], "little") :])
+
+
+async def test_many_who_move_slices_at_once_cost_little_each(service: Service) -> None:
+    limits = httpx.Limits(max_connections=MANY, max_keepalive_connections=MANY)
+    async with httpx.AsyncClient(base_url=service.url, timeout=600, trust_env=False, limits=limits) as http:
+        admin = Operator(http, service.token())
+        devices = [await enrol(admin, f"device-{n}", make_profile(memory_bytes=10**12)) for n in range(1 + FEW + MANY)]
+        await admin.create(CROWD)
+        await moved(devices.pop(), 1)  # from now on all is imported, connected and prepared
+        few, many = devices[:FEW], devices[FEW:]
+        for crowd in (few, many):
+            with flat(service, f"{len(crowd)} at once", len(crowd) * OF_EACH):
+                await asyncio.gather(*(moved(device, 2 + number) for number, device in enumerate(crowd)))
