@@ -30,7 +30,7 @@ def plan(experiment: Experiment, contestant: Contestant, model: Model, team: Seq
     try:
         found = Plan.model_validate(told)
         found = _alone(experiment, contestant, found) if contestant.kind != "federated" else found
-        aggregation.check(found.strategy)
+        aggregation.check(found.strategy).check(found)
         ranks.check(found.ranks)
     except ValidationError as error:
         first = error.errors()[0]
