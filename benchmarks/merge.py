@@ -12,40 +12,24 @@ machine multiplies. The bare limit is that of a merge that does not ask what it 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.crowd import Size, gather
-from benchmarks.dense import Dense, Shape, Terms, truth
+from benchmarks.alone import Accuracy, Method, gathered, methods, terms_of
+from benchmarks.crowd import Size
+from benchmarks.dense import Dense, truth
 from benchmarks.machine import Machine, Rates, peak_bytes, reset_peak, resident_bytes, this_machine
-from coordinator import truncation
 from coordinator.blobs import Blobs
 from coordinator.executors import open_executor
-from coordinator.lowrank import written
 from coordinator.merge import Merged, RoundTask, merge_round
 from coordinator.reading import open_slice
-from coordinator.stacks import stacked
-from coordinator.sums import Sum, Term
 from protocol.plan import Dtype
-
-
-class Accuracy(BaseModel):
-    """Of one module, in float64."""
-
-    relative_excess: float  # (error − least error) / ‖W‖
-    error_ratio: float  # error / least error
-    certificate_error: float  # of what was said to be lost, relative to what was lost
 
 
 class Merge(Accuracy):
@@ -68,20 +52,14 @@ class Merge(Accuracy):
     bare_limit_share: float  # the same without knowing the error
     machine: Machine
 
-
-class Method(Accuracy):
-    """One module in memory, by one method, one thread."""
-
-    method: str
-    n_out: int
-    n_in: int
-    clients: int
-    stacked_rank: int
-    rank: int
-    seconds: float
-    dense_seconds: float
-    ratio: float
-    machine: Machine
+    def report(self) -> str:
+        """For a person."""
+        peak = "unknown" if self.peak_megabytes is None else f"{self.peak_megabytes:.0f} MB"
+        return (
+            f"{self.size}, {self.clients} clients, {self.wire}{', extrapolated' if self.extrapolated else ''}: {self.seconds:.2f} s from "
+            f"files, dense form {self.dense_seconds:.1f} s ({self.ratio:.1f} times), {self.limit_share:.0%} of the machine's limit "
+            f"({self.bare_limit_share:.0%} of the bare one), peak {peak}, {self}"
+        )
 
 
 LLAMA_BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
@@ -113,18 +91,11 @@ QUICK = (
 )
 
 
-@contextmanager
-def _gathered(size: Size, folder: Path | None) -> Iterator[tuple[RoundTask, Blobs]]:
-    with tempfile.TemporaryDirectory(prefix="hlora-bench-", dir=folder) as inside:
-        blobs = Blobs.open(f"file://{inside}/blobs")
-        yield gather(size, blobs), blobs
-
-
 def measure(size: Size, dense: Dense, workers: int | None = None, folder: Path | None = None) -> Merge:
     """Merge one round of that size, both ways, with so many threads; by default one for each core."""
     torch.set_num_threads(1)
     workers = workers or os.cpu_count() or 1
-    with _gathered(size, folder) as (task, blobs), open_executor(f"threads://{workers}") as executor:
+    with gathered(size, folder) as (task, blobs), open_executor(f"threads://{workers}") as executor:
         rates = Rates.measured()
         reset_peak()
         before = resident_bytes()
@@ -157,22 +128,17 @@ def measure(size: Size, dense: Dense, workers: int | None = None, folder: Path |
     )
 
 
-def _terms(task: RoundTask, blobs: Blobs, module: str) -> Terms:
-    total = sum(input.weight for input in task.inputs)
-    return [(input.weight / total * input.scale, open_slice(blobs, input.digest).factors(module)) for input in task.inputs]
-
-
 def _dense_seconds(size: Size, task: RoundTask, blobs: Blobs, dense: Dense) -> float:
     """Seconds of the dense form for all modules, one after another."""
     names = {shape: name for name, shape in size.modules.items()}
-    each = {shape: dense.seconds(_terms(task, blobs, name), shape) for shape, name in names.items()}
+    each = {shape: dense.seconds(terms_of(task, blobs, name), shape) for shape, name in names.items()}
     return sum(each[shape] for shape in size.shapes)
 
 
 def _checked(size: Size, task: RoundTask, blobs: Blobs, merged: Merged) -> Accuracy:
     module, rank = "module.000", task.plan.global_rank
     energy = merged.energy[module]
-    found = truth(_terms(task, blobs, module), size.shapes[0], open_slice(blobs, merged.adapter.digest).factors(module))
+    found = truth(terms_of(task, blobs, module), size.shapes[0], open_slice(blobs, merged.adapter.digest).factors(module))
     said = (1 - energy.kept[rank]) * energy.total
     return Accuracy(relative_excess=found.relative_excess, error_ratio=found.error_ratio, certificate_error=abs(said / found.lost - 1))
 
@@ -183,72 +149,6 @@ def _limits(size: Size, stacked: int, rank: int, rates: Rates) -> tuple[float, f
     reading = sides * stacked * size.wire.size / rates.bytes_per_second
     knowing = min(sides * stacked * (stacked + 2 * rank), 2 * area * (stacked + rank))
     return reading + knowing / rates.flops_per_second, reading + 4 * sides * stacked * rank / rates.flops_per_second
-
-
-def methods(size: Size, dense: Dense, repeats: int = 5, folder: Path | None = None) -> list[Method]:
-    """The first module of that size in memory, one thread: the exact and the quick method beside the dense form."""
-    torch.set_num_threads(1)
-    one = replace(size, shapes=size.shapes[:1])
-    with _gathered(one, folder) as (task, blobs):
-        terms, shape, rank = _terms(task, blobs, "module.000"), one.shapes[0], task.plan.global_rank
-        dense_seconds = dense.seconds(terms, shape)
-    w = Sum(shape, [Term(factors, weight) for weight, factors in terms])
-    ways: dict[str, Callable[[], truncation.Singular | None]] = {
-        "exact": lambda: truncation.exact(stacked(w), rank),
-        "quick": lambda: truncation.quick(stacked(w), rank),
-    }
-    common = {"n_out": shape[0], "n_in": shape[1], "clients": one.clients, "stacked_rank": w.rank, "rank": rank}
-    return [_method(name, way, terms, shape, dense_seconds, repeats, common) for name, way in ways.items()]
-
-
-def _method(
-    name: str,
-    way: Callable[[], truncation.Singular | None],
-    terms: Terms,
-    shape: Shape,
-    dense_seconds: float,
-    repeats: int,
-    common: dict[str, int],
-) -> Method:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        found = way()
-        times.append(time.perf_counter() - began)
-    assert found is not None, f"the certificate asks for less than {truncation.HAIR:.0%}, which this crowd allows"
-    result = written(found, common["stacked_rank"])
-    real = truth(terms, shape, result.padded(common["rank"]))
-    said = (1 - result.kept(common["rank"])) * result.total
-    return Method(
-        method=name,
-        seconds=min(times),
-        dense_seconds=dense_seconds,
-        ratio=dense_seconds / min(times),
-        relative_excess=real.relative_excess,
-        error_ratio=real.error_ratio,
-        certificate_error=abs(said / real.lost - 1),
-        machine=this_machine(),
-        **common,
-    )
-
-
-def report(found: Merge | Method) -> str:
-    """One measurement for a person."""
-    accuracy = (
-        f"error {found.error_ratio - 1:.1e} above the least ({found.relative_excess:.1e} of the sum), "
-        f"certificate true to {found.certificate_error:.1e}"
-    )
-    if isinstance(found, Method):
-        return (
-            f"one module {found.n_out} × {found.n_in}, {found.clients} clients, one thread, {found.method}: "
-            f"{1000 * found.seconds:.0f} ms, dense form {found.dense_seconds:.2f} s ({found.ratio:.0f} times), {accuracy}"
-        )
-    return (
-        f"{found.size}, {found.clients} clients, {found.wire}{', extrapolated' if found.extrapolated else ''}: {found.seconds:.2f} s from "
-        f"files, dense form {found.dense_seconds:.1f} s ({found.ratio:.1f} times), {found.limit_share:.0%} of the machine's limit "
-        f"({found.bare_limit_share:.0%} of the bare one), peak "
-        f"{'unknown' if found.peak_megabytes is None else f'{found.peak_megabytes:.0f} MB'}, {accuracy}"
-    )
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -269,7 +169,7 @@ def main(
     """
     dense = Dense()
     sizes = QUICK if quick else SIZES
-    alone = {size.shapes[0]: size for size in sizes if size.clients == 20}
+    alone = {size.shapes[0]: size for size in reversed(sizes) if size.clients == 20}  # the first of each shape
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -286,7 +186,7 @@ def main(
 
 
 def _say(found: Merge | Method, as_json: bool) -> None:
-    typer.echo(found.model_dump_json() if as_json else report(found))
+    typer.echo(found.model_dump_json() if as_json else found.report())
 
 
 if __name__ == "__main__":

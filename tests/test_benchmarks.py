@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from benchmarks import fleet, rounds
 from benchmarks.__main__ import BENCHMARKS, app
+from benchmarks.alone import Method, methods
 from benchmarks.crowd import Size
 from benchmarks.dense import Dense
 from benchmarks.machine import this_machine
-from benchmarks.merge import Merge, Method, measure, methods, report
+from benchmarks.merge import Merge, measure
 from benchmarks.service import database, file_system, serving
 from protocol.plan import Dtype, Float
 
@@ -32,7 +33,7 @@ def test_a_merge_is_measured_beside_the_dense_form_and_is_right(wire: Dtype, cli
     assert found.extrapolated
     assert found.machine.threads == 1
     assert found.machine.processor
-    assert "extrapolated" in report(found)
+    assert "extrapolated" in found.report()
 
 
 def test_both_methods_are_measured_on_one_module() -> None:
@@ -41,7 +42,7 @@ def test_both_methods_are_measured_on_one_module() -> None:
     assert exact.dense_seconds == quick.dense_seconds
     assert exact.relative_excess < 1e-8
     assert max(exact.certificate_error, quick.certificate_error) < 0.01
-    assert "one thread, quick" in report(quick)
+    assert "one thread, quick" in quick.report()
 
 
 def test_a_fleet_waits_picks_up_its_work_and_contributes(tmp_path: Path) -> None:
