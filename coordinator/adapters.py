@@ -3,59 +3,60 @@
 The canonical form is exported: one rank r for all modules, or one for each where a share of the energy is asked for, and
 alpha = r, so that the scale is 1 and every loader agrees on it. The cut to a rank is the best one: the first r columns of b and
 rows of a, where the global adapter's directions are in falling order, and they are put in it where its strategy keeps other
-factors. In the first case a folder of one rank computes what a device computes with the slice of that rank.
+factors. In the first case a folder of one rank computes what a device computes with the slice of that rank. One module is in memory
+at a time.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import shutil
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import BinaryIO
 
-import safetensors.torch
 from torch import Tensor
 
 from coordinator import aggregation
-from coordinator.readout import ReadOut, Wanted, read_out, singular
-from protocol import errors, slices
-from protocol.plan import CausalLM, Layout, Plan, SequenceClassification
-from protocol.slices import Factors
+from coordinator.cards import Facts, card
+from coordinator.reading import SliceReader
+from coordinator.readout import Wanted, leading, read_out, singular
+from protocol import errors
+from protocol.contents import WIRE_NAMES, Header, names
+from protocol.plan import Dtype, Layout, Plan, SequenceClassification
+from protocol.slices import Factors, numbers
 
+CARD, CONFIG, NUMBERS = "README.md", "adapter_config.json", "adapter_model.safetensors"
+BLOCK = 1 << 20  # bytes copied at a time
 PREFIX = "base_model.model."  # what PEFT puts before every name of the base model
 OLDEST = (1980, 1, 1, 0, 0, 0)  # the first moment that a zip archive can name
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Where an adapter comes from, for its model card."""
+def write(plan: Plan, facts: Facts, adapter: SliceReader, wanted: Wanted, folder: Path) -> None:
+    """The PEFT folder of a global adapter (a slice of scale 1), read out: the same bytes for the same input, module by module.
 
-    run: str  # the run's name
-    round: int
-    metrics: Mapping[str, float]  # of the published adapter, weighted means over clients
-
-
-def files(plan: Plan, facts: Facts, adapter: bytes, wanted: Wanted) -> dict[str, bytes]:
-    """The PEFT folder of a global adapter (a slice file of scale 1), read out: file name → bytes, the same for the same input.
-
-    Raises InvalidPlan if the plan was never resolved, MismatchedSlice if the bytes are not the plan's adapter.
+    Raises InvalidPlan if the plan was never resolved, MismatchedSlice if the slice is not the plan's adapter.
     """
+    layout = _layout(plan, adapter.header)
+    kept = adapter.factors if _is_singular(plan) else lambda module: singular(adapter.factors(module))
+    found = read_out({module: partial(kept, module) for module in layout.modules}, wanted)
+    size = _write_numbers(folder / NUMBERS, layout, found.ranks, kept, adapter.full)
+    (folder / CONFIG).write_text(json.dumps(config(plan, layout, found.ranks), indent=2, sort_keys=True) + "\n", "utf-8")
+    (folder / CARD).write_text(card(plan, facts, found, size), "utf-8")
+
+
+def _layout(plan: Plan, header: Header) -> Layout:
     if plan.layout is None:
         raise errors.InvalidPlan(f"plan {plan.name!r} has no layout; it was never resolved")
-    whole = slices.unpack(adapter)
-    if whole.label.scale != 1.0 or whole.factors.keys() != plan.layout.modules.keys() or whole.full.keys() != plan.layout.full.keys():
+    shapes = {name: entry.shape for name, entry in header.entries.items()}
+    if header.label.scale != 1.0 or shapes != names(plan.layout, header.label.rank):
         raise errors.MismatchedSlice(
             f"these bytes are not the global adapter of plan {plan.name!r}: other tensors, or a scale that is not 1"
         )
-    found = read_out(whole.factors if _is_singular(plan) else singular(whole.factors), wanted)
-    numbers = safetensors.torch.save(tensors(found.factors, whole.full), metadata={"format": "pt"})
-    return {
-        "README.md": card(plan, facts, found, len(numbers)).encode(),
-        "adapter_config.json": (json.dumps(config(plan, plan.layout, found.ranks), indent=2, sort_keys=True) + "\n").encode(),
-        "adapter_model.safetensors": numbers,
-    }
+    return plan.layout
 
 
 def _is_singular(plan: Plan) -> bool:
@@ -63,25 +64,53 @@ def _is_singular(plan: Plan) -> bool:
     return plan.strategy.name in aggregation.names() and aggregation.load(plan.strategy.name).singular
 
 
-def archive(files: Mapping[str, bytes]) -> bytes:
-    """A zip archive of the files, the same bytes for the same files on every machine; float numbers are not worth compressing."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as packed:
-        for name, data in sorted(files.items()):
-            entry = zipfile.ZipInfo(name, OLDEST)
+def _write_numbers(
+    path: Path, layout: Layout, ranks: Mapping[str, int], kept: Callable[[str], Factors], full: Callable[[str], Tensor]
+) -> int:
+    """PEFT's safetensors file, as that library writes it: float32 tensors by name. Gives its length."""
+    shapes: dict[str, tuple[int, ...]] = {PREFIX + name: tuple(shape) for name, shape in layout.full.items()}
+    sources: dict[str, Callable[[], Tensor]] = {PREFIX + name: partial(full, name) for name in layout.full}
+    # A module's factors follow each other in the file.
+    both = lru_cache(maxsize=1)(lambda module: leading(kept(module), ranks[module]))
+    for module, (n_out, n_in) in layout.modules.items():
+        for side, shape in (("A", (ranks[module], n_in)), ("B", (n_out, ranks[module]))):
+            name = f"{PREFIX}{module}.lora_{side}.weight"
+            shapes[name], sources[name] = shape, partial(_side, both, module, side)
+    with path.open("wb") as file:
+        file.write(_head(shapes))
+        for name in sorted(sources):
+            file.write(numbers(sources[name](), Dtype.float32))
+        return file.tell()
+
+
+def _side(both: Callable[[str], Factors], module: str, side: str) -> Tensor:
+    found = both(module)
+    return found.a if side == "A" else found.b
+
+
+def _head(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """A safetensors header of float32 tensors in the order of their names."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in sorted(shapes.items()):
+        end = offset + Dtype.float32.size * math.prod(shape)
+        table[name] = {"dtype": WIRE_NAMES[Dtype.float32], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def archive(folder: Path, into: BinaryIO) -> None:
+    """A zip archive of the folder's files, the same bytes for the same files on every machine; float numbers are not worth compressing."""
+    with zipfile.ZipFile(into, "w", zipfile.ZIP_STORED) as packed:
+        for path in sorted(folder.iterdir()):
+            entry = zipfile.ZipInfo(path.name, OLDEST)
             entry.create_system = 3  # Unix, whatever the machine is
             entry.external_attr = 0o644 << 16
-            packed.writestr(entry, data)
-    return stream.getvalue()
-
-
-def tensors(factors: Mapping[str, Factors], full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a PEFT file: lora_A (rank, n_in) and lora_B (n_out, rank) of each module, and the fully trained ones."""
-    named: dict[str, Tensor] = {}
-    for module, pair in factors.items():
-        named[f"{PREFIX}{module}.lora_A.weight"] = pair.a
-        named[f"{PREFIX}{module}.lora_B.weight"] = pair.b
-    return named | {PREFIX + name: tensor for name, tensor in full.items()}
+            entry.file_size = path.stat().st_size
+            with path.open("rb") as file, packed.open(entry, "w") as target:
+                shutil.copyfileobj(file, target, BLOCK)
 
 
 def config(plan: Plan, layout: Layout, ranks: Mapping[str, int]) -> dict[str, object]:
@@ -127,90 +156,3 @@ def _prefixes(name: str) -> list[str]:
     """a, a.b, a.b.c of a.b.c."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-
-
-# --- the model card ----------------------------------------------------------------------------------------------------
-
-
-def card(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
-    """README.md: front matter for model hubs, what the adapter is, how to load it, and how it was made."""
-    revision = f" at revision `{plan.model.revision}`" if plan.model.revision else ""
-    return f"""---
-base_model: {json.dumps(plan.model.id)}
-library_name: peft
-pipeline_tag: {"text-classification" if isinstance(plan.task, SequenceClassification) else "text-generation"}
-tags:
-- lora
-- peft
-- federated-learning
-- hlora
----
-
-# {facts.run}, round {facts.round}, {_spread(found)}
-
-A LoRA adapter for `{plan.model.id}`{revision}, fine-tuned by a federation:
-the training rows stayed on the clients' own machines, and each machine trained the rank that it could afford.
-
-## Use
-
-```python
-{_use(plan)}
-```
-
-## How it was made
-
-{_origin(plan, facts, found, size)}
-{_measured(facts)}"""
-
-
-def _spread(found: ReadOut) -> str:
-    smallest, largest = min(found.ranks.values()), max(found.ranks.values())
-    return f"rank {largest}" if smallest == largest else f"ranks {smallest} to {largest}"
-
-
-def _mean(found: ReadOut) -> str:
-    ranks = found.ranks.values()
-    mean = "" if len(set(ranks)) == 1 else f", {math.fsum(ranks) / len(ranks):.4g} on average"
-    return f"{_spread(found)}{mean}, over {len(ranks)} modules"
-
-
-def _origin(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
-    return f"""| | |
-|---|---|
-| run | {facts.run} |
-| round | {facts.round} of {plan.rounds} |
-| task | {plan.task.kind} |
-| clients' ranks | {", ".join(map(str, plan.ranks.ladder))}, given by the policy `{plan.ranks.name}` |
-| strategy | `{plan.strategy.name}` |
-| rank of the global adapter | {plan.global_rank} |
-| this folder | {_mean(found)}; {size:,} bytes of numbers |
-| left out of the global adapter | {f"{100 * found.left_out:.3g} % of its energy ‖ΔW‖²" if found.left_out else "nothing"} |
-| base model's fingerprint | `{plan.model.fingerprint}` |
-| plan | `{plan.digest()}` |"""
-
-
-def _measured(facts: Facts) -> str:
-    if not facts.metrics:
-        return ""
-    lines = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(facts.metrics.items()))
-    return f"\nMeasured by the clients on their own held-out rows, weighted means:\n\n| metric | value |\n|---|---|\n{lines}"
-
-
-def _use(plan: Plan) -> str:
-    kind = "AutoModelForCausalLM" if isinstance(plan.task, CausalLM) else "AutoModelForSequenceClassification"
-    package = plan.model.id.removeprefix("package:")
-    where = f"{package}.get_model_path()" if package != plan.model.id else json.dumps(plan.model.id)
-    arguments = [where] + ([f"revision={json.dumps(plan.model.revision)}"] if plan.model.revision else [])
-    if isinstance(plan.task, SequenceClassification):
-        arguments.append(f"id2label={dict(enumerate(plan.task.labels))!r}")
-    lines = [f"import {package}"] if package != plan.model.id else []
-    return "\n".join(
-        [
-            *lines,
-            "from peft import PeftModel",
-            f"from transformers import {kind}",
-            "",
-            f"base = {kind}.from_pretrained({', '.join(arguments)})",
-            'model = PeftModel.from_pretrained(base, ".")  # this folder',
-        ]
-    )

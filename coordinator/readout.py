@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,32 +26,28 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """The factors that are left, of exactly their modules' ranks, and the share of all modules' energy that is not."""
+    """Each module's rank, and the share of all modules' energy that these ranks leave out."""
 
-    factors: Mapping[str, Factors]
+    ranks: Mapping[str, int]
     left_out: float
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Every module's rank."""
-        return {module: factors.rank for module, factors in self.factors.items()}
 
-
-def read_out(adapter: Mapping[str, Factors], wanted: Wanted) -> ReadOut:
-    """The leading directions of an adapter in singular form; zero directions follow where it has fewer than were wanted."""
-    energies = {module: _energies(factors) for module, factors in adapter.items()}
+def read_out(adapter: Mapping[str, Callable[[], Factors]], wanted: Wanted) -> ReadOut:
+    """What shall be left of an adapter in singular form, whose modules are loaded one after another."""
+    energies = {module: _energies(load()) for module, load in adapter.items()}
     ranks = _ranks(energies, wanted)
     total = sum(float(energy.sum()) for energy in energies.values())
     lost = sum(float(energy[ranks[module] :].sum()) for module, energy in energies.items())
-    return ReadOut({module: _leading(factors, ranks[module]) for module, factors in adapter.items()}, lost / total if total > 0 else 0.0)
+    return ReadOut(ranks, lost / total if total > 0 else 0.0)
 
 
-def singular(adapter: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The same adapter in singular form, b = U√S and a = √S Vᵀ with S falling, whatever form it was kept in."""
-    return {module: _decomposed(factors) for module, factors in adapter.items()}
+def leading(factors: Factors, rank: int) -> Factors:
+    """The leading directions of a module in singular form; zero directions follow where it has fewer."""
+    return pad(Factors(b=factors.b[:, :rank].contiguous(), a=factors.a[:rank].contiguous()), rank)
 
 
-def _decomposed(factors: Factors) -> Factors:
+def singular(factors: Factors) -> Factors:
+    """The same module in singular form, b = U√S and a = √S Vᵀ with S falling, whatever form it was kept in."""
     w = Sum((len(factors.b), factors.a.shape[1]), [Term(factors, 1.0)])
     return truncate(w, factors.rank).padded(factors.rank)
 
@@ -76,7 +72,3 @@ def _smallest(energies: Tensor, kept: float) -> int:
     """The smallest rank that holds this share of their sum, at least 1."""
     held = energies.cumsum(dim=0)
     return 1 + int((held[:-1] < kept * held[-1]).sum())
-
-
-def _leading(factors: Factors, rank: int) -> Factors:
-    return pad(Factors(b=factors.b[:, :rank].contiguous(), a=factors.a[:rank].contiguous()), rank)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Annotated, BinaryIO, cast
 
 from fastapi import APIRouter, Header, Query, Response
+from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 
-from coordinator import adapters, aggregation, paging, published, ranks, reports, runs
+from coordinator import adapters, aggregation, cards, paging, published, ranks, reports, runs
+from coordinator.blobs import GROWING
 from coordinator.context import Context
 from coordinator.executors import one_thread
 from coordinator.jobs import plan_of
 from coordinator.problems import binary, documented
+from coordinator.reading import open_slice
 from coordinator.readout import Wanted
 from coordinator.routes.requests import ADMINS, COMMON, READERS, Cursor, Id, Limit, Number, Parts
+from coordinator.stores import room
 from coordinator.tables import Run
 from protocol import errors
 from protocol.plan import LARGEST_RANK, Plan
@@ -129,10 +139,10 @@ def get_adapter(
     run: Id, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None, uniform: Uniform = False
 ) -> Response:
     """A published adapter as a complete PEFT folder, cut to a rank, or to a share of its energy: each module's or all modules'."""
-    files = _adapter(parts, run, round, rank, kept, uniform)
-    return Response(
-        adapters.archive(files), media_type="application/zip", headers={"Content-Disposition": 'attachment; filename="adapter.zip"'}
-    )
+    with _folder(parts, run, round, rank, kept, uniform) as folder:
+        file = _nameless()
+        adapters.archive(folder, file)
+    return _sent(file, "application/zip", {"Content-Disposition": 'attachment; filename="adapter.zip"'})
 
 
 @reading.get(
@@ -147,13 +157,16 @@ def get_adapter_file(
     run: Id, file: str, parts: Parts, round: AtRound = None, rank: AtRank = None, kept: AtShare = None, uniform: Uniform = False
 ) -> Response:
     """One file of the PEFT folder."""
-    files = _adapter(parts, run, round, rank, kept, uniform)
-    if file not in files:
-        raise errors.NotFound(f"the adapter's folder has no such file; it has {', '.join(sorted(files))}")
-    return Response(files[file], media_type="application/octet-stream")
+    with _folder(parts, run, round, rank, kept, uniform) as folder:
+        names = sorted(path.name for path in folder.iterdir())
+        if file not in names:
+            raise errors.NotFound(f"the adapter's folder has no such file; it has {', '.join(names)}")
+        return _sent((folder / file).open("rb"), "application/octet-stream")
 
 
-def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None, kept: float | None, uniform: bool) -> dict[str, bytes]:
+@contextmanager
+def _folder(parts: Context, run_id: str, number: int | None, rank: int | None, kept: float | None, uniform: bool) -> Iterator[Path]:
+    """The PEFT folder on this machine's disk, while the block lasts. Raises InsufficientStorage where there is no room for it."""
     if uniform and kept is None:
         raise errors.InvalidRequest(
             "uniform says how `kept` is meant, the share of the energy; without it all modules have one rank anyway"
@@ -166,10 +179,29 @@ def _adapter(parts: Context, run_id: str, number: int | None, rank: int | None, 
         plan = plan_of(run)
         if rank is not None and rank > plan.global_rank:
             raise errors.NotFound(f"the adapter has rank {plan.global_rank}; rank {rank} is more")
-        facts = adapters.Facts(run=run.name, round=row.number, metrics=reports.round_view(session, run, row.number, row.attempt).metrics)
+        facts = cards.Facts(run=run.name, round=row.number, metrics=reports.round_view(session, run, row.number, row.attempt).metrics)
         digest = row.adapter
     one_thread()
-    return adapters.files(plan, facts, parts.blobs.read(digest), Wanted(rank or plan.global_rank, kept, uniform))
+    with room(), TemporaryDirectory(prefix=GROWING) as folder:
+        adapters.write(plan, facts, open_slice(parts.blobs, digest), Wanted(rank or plan.global_rank, kept, uniform), Path(folder))
+        yield Path(folder)
+
+
+def _nameless() -> BinaryIO:
+    """A file that is gone when nobody holds it any more, however the answer ends."""
+    return cast(BinaryIO, TemporaryFile(prefix=GROWING))
+
+
+def _sent(file: BinaryIO, media_type: str, headers: Mapping[str, str] | None = None) -> Response:
+    """A whole file as an answer, piece by piece."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return StreamingResponse(_pieces(file), media_type=media_type, headers={"Content-Length": str(length), **(headers or {})})
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        yield from iter(partial(file.read, adapters.BLOCK), b"")
 
 
 @reading.get("/strategies", responses=documented(*COMMON))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from coordinator import adapters
-from coordinator.adapters import PREFIX, Facts
-from coordinator.readout import Wanted, read_out, singular
+from coordinator.adapters import PREFIX
+from coordinator.cards import Facts
+from coordinator.readout import ReadOut, Wanted, read_out, singular
 from protocol.contents import Label
 from protocol.course import Cohort
 from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Training
 from protocol.slices import Factors, Slice, pack
+from tests.adapters import folders
 
 CAP = 6
 SHAPES = {"block.q": (20, 12), "block.v": (12, 30), "narrow": (6, 9)}
@@ -66,7 +68,7 @@ def make_adapter() -> dict[str, Factors]:
 def files(adapter: dict[str, Factors], wanted: Wanted, strategy: str = "delta") -> dict[str, bytes]:
     plan = make_plan(strategy)
     assert plan.layout is not None
-    return adapters.files(plan, FACTS, pack(Slice(Label(rank=CAP, scale=1.0, round=7), adapter, {}), plan.layout, Dtype.float32), wanted)
+    return folders.files(plan, FACTS, pack(Slice(Label(rank=CAP, scale=1.0, round=7), adapter, {}), plan.layout, Dtype.float32), wanted)
 
 
 def products(files: dict[str, bytes]) -> dict[str, Tensor]:
@@ -97,8 +99,10 @@ def test_an_adapter_in_any_gauge_is_read_out_as_its_best_approximation(strategy:
 
 
 def test_the_gauge_changes_neither_the_ranks_nor_what_is_left_out() -> None:
-    wanted = Wanted(CAP, 0.9)
-    straight, other = read_out(make_adapter(), wanted), read_out(singular(turned(make_adapter())), wanted)
+    def chosen(adapter: dict[str, Factors]) -> ReadOut:
+        return read_out({module: partial(singular, factors) for module, factors in adapter.items()}, Wanted(CAP, 0.9))
+
+    straight, other = chosen(make_adapter()), chosen(turned(make_adapter()))
     assert straight.ranks == other.ranks
     assert other.left_out == pytest.approx(straight.left_out, rel=1e-4)
 

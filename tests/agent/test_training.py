@@ -17,7 +17,7 @@ from agent import machine
 from agent.data import Part
 from agent.policy import Policy
 from agent.training import Outcome, Standing, Trainer, precision
-from coordinator.adapters import Facts, files
+from coordinator.cards import Facts
 from coordinator.readout import Wanted
 from protocol import checks, contents, errors, slices
 from protocol.checks import Expected
@@ -26,6 +26,7 @@ from protocol.messages import Job
 from protocol.plan import CausalLM, Dtype, Float, Task
 from protocol.slices import Slice
 from protocol.states import JobKind
+from tests.adapters.folders import files
 from tests.agent.work import ROWS, SCALE, catalogue, handed_out, make_job, make_start, resolved
 from tests.modelling.drawn import CLASSES, CONTINUE
 

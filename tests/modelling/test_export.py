@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from coordinator.adapters import Facts, files
+from coordinator.cards import Facts
 from coordinator.readout import Wanted
 from modelling import adapters, base
 from modelling.export import load_adapter, merge_into_base
@@ -17,6 +17,7 @@ from modelling.layout import resolve
 from protocol import errors, slices
 from protocol.plan import Dtype, Plan
 from protocol.slices import Slice
+from tests.adapters.folders import files
 from tests.modelling.drawn import CLASSES, CONTINUE, drawn_slice, tiny_plan
 
 IDS = torch.tensor([[2, 17, 31, 60, 200, 3]])

@@ -1,0 +1,104 @@
+"""Model cards: what a pulled adapter is, how to load it, and how it was made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coordinator.readout import ReadOut
+from protocol.plan import CausalLM, Plan, SequenceClassification
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Where an adapter comes from, for its model card."""
+
+    run: str  # the run's name
+    round: int
+    metrics: Mapping[str, float]  # of the published adapter, weighted means over clients
+
+
+def card(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
+    """README.md: front matter for model hubs, what the adapter is, how to load it, and how it was made."""
+    revision = f" at revision `{plan.model.revision}`" if plan.model.revision else ""
+    return f"""---
+base_model: {json.dumps(plan.model.id)}
+library_name: peft
+pipeline_tag: {"text-classification" if isinstance(plan.task, SequenceClassification) else "text-generation"}
+tags:
+- lora
+- peft
+- federated-learning
+- hlora
+---
+
+# {facts.run}, round {facts.round}, {_spread(found)}
+
+A LoRA adapter for `{plan.model.id}`{revision}, fine-tuned by a federation:
+the training rows stayed on the clients' own machines, and each machine trained the rank that it could afford.
+
+## Use
+
+```python
+{_use(plan)}
+```
+
+## How it was made
+
+{_origin(plan, facts, found, size)}
+{_measured(facts)}"""
+
+
+def _spread(found: ReadOut) -> str:
+    smallest, largest = min(found.ranks.values()), max(found.ranks.values())
+    return f"rank {largest}" if smallest == largest else f"ranks {smallest} to {largest}"
+
+
+def _mean(found: ReadOut) -> str:
+    ranks = found.ranks.values()
+    mean = "" if len(set(ranks)) == 1 else f", {math.fsum(ranks) / len(ranks):.4g} on average"
+    return f"{_spread(found)}{mean}, over {len(ranks)} modules"
+
+
+def _origin(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
+    return f"""| | |
+|---|---|
+| run | {facts.run} |
+| round | {facts.round} of {plan.rounds} |
+| task | {plan.task.kind} |
+| clients' ranks | {", ".join(map(str, plan.ranks.ladder))}, given by the policy `{plan.ranks.name}` |
+| strategy | `{plan.strategy.name}` |
+| rank of the global adapter | {plan.global_rank} |
+| this folder | {_mean(found)}; {size:,} bytes of numbers |
+| left out of the global adapter | {f"{100 * found.left_out:.3g} % of its energy ‖ΔW‖²" if found.left_out else "nothing"} |
+| base model's fingerprint | `{plan.model.fingerprint}` |
+| plan | `{plan.digest()}` |"""
+
+
+def _measured(facts: Facts) -> str:
+    if not facts.metrics:
+        return ""
+    lines = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(facts.metrics.items()))
+    return f"\nMeasured by the clients on their own held-out rows, weighted means:\n\n| metric | value |\n|---|---|\n{lines}"
+
+
+def _use(plan: Plan) -> str:
+    kind = "AutoModelForCausalLM" if isinstance(plan.task, CausalLM) else "AutoModelForSequenceClassification"
+    package = plan.model.id.removeprefix("package:")
+    where = f"{package}.get_model_path()" if package != plan.model.id else json.dumps(plan.model.id)
+    arguments = [where] + ([f"revision={json.dumps(plan.model.revision)}"] if plan.model.revision else [])
+    if isinstance(plan.task, SequenceClassification):
+        arguments.append(f"id2label={dict(enumerate(plan.task.labels))!r}")
+    lines = [f"import {package}"] if package != plan.model.id else []
+    return "\n".join(
+        [
+            *lines,
+            "from peft import PeftModel",
+            f"from transformers import {kind}",
+            "",
+            f"base = {kind}.from_pretrained({', '.join(arguments)})",
+            'model = PeftModel.from_pretrained(base, ".")  # this folder',
+        ]
+    )
