@@ -1,8 +1,8 @@
 """A round merged from files, beside the dense form that published code runs: form Σ p s b a of every module, then decompose it.
 
 Both start from the same contributions, with the same number of threads. Of the dense form one module of each shape is
-measured; what it would cost to read the files is left out, and its modules are taken to share the threads perfectly, both in
-its favour.
+measured, in processor seconds; what it would cost to read the files is left out, and its modules are taken to share the threads
+perfectly, all in its favour.
 
 The machine's limit is what no merge that knows its own error can go below: every byte read once, and the least arithmetic for
 the energies (both Gram matrices, or the dense sum where that is less) and for the result, in float32 at the rate at which this
@@ -45,6 +45,7 @@ class Merge(Accuracy):
     rank: int
     threads: int
     seconds: float
+    processor_seconds: float  # of all threads
     dense_seconds: float
     ratio: float
     peak_megabytes: float | None  # above what was in memory before the merge; none where the system does not say
@@ -57,7 +58,7 @@ class Merge(Accuracy):
         peak = "unknown" if self.peak_megabytes is None else f"{self.peak_megabytes:.0f} MB"
         return (
             f"{self.size}, {self.clients} clients, {self.wire}{', extrapolated' if self.extrapolated else ''}: {self.seconds:.2f} s from "
-            f"files, dense form {self.dense_seconds:.1f} s ({self.ratio:.1f} times), {self.limit_share:.0%} of the machine's limit "
+            f"files ({self.processor_seconds:.2f} s of processors), dense form {self.dense_seconds:.1f} s ({self.ratio:.1f} times), {self.limit_share:.0%} of the machine's limit "
             f"({self.bare_limit_share:.0%} of the bare one), peak {peak}, {self}"
         )
 
@@ -99,9 +100,9 @@ def measure(size: Size, dense: Dense, workers: int | None = None, folder: Path |
         rates = Rates.measured()
         reset_peak()
         before = resident_bytes()
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         merged = merge_round(task, executor, blobs)
-        seconds = (time.perf_counter() - began) * size.copies
+        seconds, processor = ((now - then) * size.copies for now, then in ((time.perf_counter(), began), (time.process_time(), worked)))
         peak = peak_bytes()
         dense_seconds = _dense_seconds(size, task, blobs, dense) * size.copies / workers
         accuracy = _checked(size, task, blobs, merged)
@@ -118,6 +119,7 @@ def measure(size: Size, dense: Dense, workers: int | None = None, folder: Path |
         rank=task.plan.global_rank,
         threads=workers,
         seconds=seconds,
+        processor_seconds=processor,
         dense_seconds=dense_seconds,
         ratio=dense_seconds / seconds,
         peak_megabytes=None if before is None or peak is None else (peak - before) / 1e6,
@@ -164,8 +166,7 @@ def main(
 ) -> None:
     """Merge rounds of clients with unequal ranks from files, beside the dense form, and hold the results against float64.
 
-    First single modules in memory on one thread, by the exact and the quick method; then RoBERTa-large and a block of
-    Llama-2-7B with 10 to 1,000 clients of ranks 4 to 64, on all cores. Close other programs first.
+    First single modules in memory, one thread, by both methods; then RoBERTa-large and Llama-2-7B, 10 to 1,000 clients, all cores.
     """
     dense = Dense()
     sizes = QUICK if quick else SIZES
