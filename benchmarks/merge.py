@@ -57,9 +57,9 @@ class Merge(Accuracy):
         """For a person."""
         peak = "unknown" if self.peak_megabytes is None else f"{self.peak_megabytes:.0f} MB"
         return (
-            f"{self.size}, {self.clients} clients, {self.wire}{', extrapolated' if self.extrapolated else ''}: {self.seconds:.2f} s from "
-            f"files ({self.processor_seconds:.2f} s of processors), dense form {self.dense_seconds:.1f} s ({self.ratio:.1f} times), {self.limit_share:.0%} of the machine's limit "
-            f"({self.bare_limit_share:.0%} of the bare one), peak {peak}, {self}"
+            f"{self.size}, {self.clients} clients, {self.wire}{', extrapolated' if self.extrapolated else ''}: {self.seconds:.2f} s "
+            f"from files ({self.processor_seconds:.2f} s of processors), dense form {self.dense_seconds:.1f} s ({self.ratio:.1f} times), "
+            f"{self.limit_share:.0%} of the machine's limit ({self.bare_limit_share:.0%} of the bare one), peak {peak}, {self}"
         )
 
 
