@@ -9,8 +9,9 @@ import torch
 
 from coordinator import aggregation, ranks, sizes
 from coordinator.ranks import Population
+from protocol.compact import trained_parts
 from protocol.contents import Label
-from protocol.plan import Choice, Plan, Sides
+from protocol.plan import Choice, Dtype, Plan, Sides
 from protocol.slices import Factors, Slice, parts
 from tests.ranks.small import LAYOUT, make_candidate, make_plan
 
@@ -35,6 +36,19 @@ def test_files_down_and_up_are_about_as_long_as_estimated_and_never_longer(name:
     assert up <= sizes.upload_bytes(plan, 4) <= up + 800
     both_ways = sizes.start_bytes(plan, 4) + sizes.upload_bytes(plan, 4)
     assert ranks.link_seconds(plan, make_candidate(link=1000), 4) == pytest.approx(both_ways / 1000)
+
+
+@pytest.mark.parametrize("name", ["delta", "ffa"])
+@pytest.mark.parametrize("uploads", Dtype)
+def test_the_file_up_follows_the_plans_uploads_and_the_one_down_does_not(uploads: Dtype, name: str) -> None:
+    plan, sides = plan_of(name).model_copy(update={"uploads": uploads}), aggregation.load(name).sides
+    factors = {m: Factors(b=torch.zeros(64, 16), a=torch.zeros(16, 64)) for m in LAYOUT.modules}
+    slice = Slice(Label(rank=16, scale=1.0, round=3), factors)
+    up = len(b"".join(trained_parts(slice, slice, LAYOUT, uploads, sides=sides)))
+    assert up <= sizes.upload_bytes(plan, 16) <= up + 1200
+    assert sizes.start_bytes(plan, 16) == sizes.start_bytes(plan_of(name), 16)
+    both_ways = sizes.start_bytes(plan, 16) + sizes.upload_bytes(plan, 16)
+    assert ranks.link_seconds(plan, make_candidate(link=1000), 16) == pytest.approx(both_ways / 1000)
 
 
 @pytest.mark.parametrize("name", aggregation.names())
