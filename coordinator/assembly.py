@@ -66,10 +66,6 @@ class Merged:
     starts: dict[int, BlobRef] = field(default_factory=dict)
     energy: dict[str, Energy] = field(default_factory=dict)
 
-    def start(self, rank: int) -> BlobRef:
-        """What training at that rank starts from."""
-        return self.starts.get(rank) or self.slices[rank]
-
 
 def layout_of(plan: Plan) -> Layout:
     """A resolved plan's layout. Raises InvalidPlan for one that is not resolved."""

@@ -155,6 +155,20 @@ async def test_what_is_not_what_the_job_trains_is_refused(
         await device.put_slice(job, packed(job, rank, sides, base or job.slice.digest))
 
 
+async def test_b_alone_must_be_finite_too(small: Federation) -> None:
+    _, (device, *_), (job, *_) = await small.training(plan_of("ffa"))
+    start = slices.unpack(await device.blob(job.slice.digest))
+    trained = moved(start, job)
+    trained.factors["attention.key"].b[0, 0] = torch.nan
+    with pytest.raises(errors.NonFiniteSlice):
+        await device.put_slice(job, b"".join(trained_parts(trained, start, job.layout, job.upload, sides=job.sides)))
+
+
+async def test_factors_that_began_from_different_versions_are_not_averaged(small: Federation) -> None:
+    with pytest.raises(errors.InvalidPlan, match="pull the new one back"):
+        await small.admin.create(plan_of("fedex", buffer={"size": 1}))
+
+
 @pytest.mark.parametrize("strategy", [name for name in aggregation.names() if aggregation.load(name).stale])
 async def test_strategies_that_merge_changes_take_old_versions_from_a_buffer(strategy: str, small: Federation) -> None:
     await enrol(small)

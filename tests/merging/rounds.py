@@ -11,7 +11,7 @@ from coordinator.executors import open_executor
 from coordinator.merge import Input, RoundTask, first_adapter, merge_round
 from protocol.plan import Plan
 from protocol.slices import Slice, unpack
-from tests.merging.small import round_task, send, update
+from tests.merging.small import round_task, send, start_of, update
 
 CROWD = [(1, 3.0, 1.0), (2, 1.0, 1.0), (2, 2.0, 0.5), (4, 5.0, 1.0), (4, 1.0, 0.25)]  # rank, weight, shrink
 
@@ -23,7 +23,7 @@ def merge(task: RoundTask, blobs: Blobs, executor: str = "threads://1") -> Merge
 
 def crowd(blobs: Blobs, plan: Plan, before: Merged, first_seed: int = 0) -> list[Input]:
     return [
-        send(blobs, plan, before.start(rank), rank=rank, seed=first_seed + k, weight=weight, shrink=shrink)
+        send(blobs, plan, start_of(before, rank), rank=rank, seed=first_seed + k, weight=weight, shrink=shrink)
         for k, (rank, weight, shrink) in enumerate(CROWD)
     ]
 

@@ -80,6 +80,11 @@ def untrained(start: Slice, seed: int) -> Slice:
     return start
 
 
+def start_of(merged: Merged, rank: int) -> BlobRef:
+    """What training at that rank starts from."""
+    return merged.starts.get(rank) or merged.slices[rank]
+
+
 def send(
     blobs: Blobs,
     plan: Plan,

@@ -14,7 +14,7 @@ from coordinator.executors import open_executor
 from coordinator.merge import first_adapter, merge_round
 from protocol.plan import Dtype
 from protocol.slices import Slice
-from tests.merging.small import make_plan, read, round_task, send, trained, untrained, update
+from tests.merging.small import make_plan, read, round_task, send, start_of, trained, untrained, update
 
 ROUNDS = 50
 LADDER = (1, 2, 4)
@@ -30,11 +30,11 @@ def played(strategy: str, wire: Dtype, folder: Path) -> list[Slice]:
     before = first_adapter(plan, blobs)
     found: list[Slice] = []
     with open_executor("threads://1") as executor:
-        start = [send(blobs, plan, before.start(4), rank=4, train=trained)]
-        before = merge_round(round_task(blobs, plan, before, start), executor, blobs)
+        learned = [send(blobs, plan, start_of(before, 4), rank=4, train=trained)]
+        before = merge_round(round_task(blobs, plan, before, learned), executor, blobs)
         found.append(read(blobs, before.adapter))
         for round in range(2, ROUNDS + 2):
-            sent = [send(blobs, plan, before.start(rank), rank=rank, seed=round, train=untrained) for rank in LADDER]
+            sent = [send(blobs, plan, start_of(before, rank), rank=rank, seed=round, train=untrained) for rank in LADDER]
             before = merge_round(round_task(blobs, plan, before, sent, round), executor, blobs)
             found.append(read(blobs, before.adapter))
     assert len(found) == 1 + ROUNDS

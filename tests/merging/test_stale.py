@@ -13,7 +13,7 @@ from coordinator.merge import Input, RoundTask
 from protocol.plan import Dtype, Plan
 from protocol.slices import TORCH_DTYPES
 from tests.merging.rounds import changes, heard, merge, read_digest, second_round
-from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, untrained, update
+from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, start_of, untrained, update
 
 WIRES = [Dtype.float32, Dtype.bfloat16]
 
@@ -57,7 +57,7 @@ def test_a_stale_client_that_learned_nothing_takes_nothing_back(strategy: str, b
     plan = make_plan(strategy)
     first, task = second_round(blobs, plan)
     second = merge(task, blobs)
-    idle = send(blobs, plan, first.start(4), rank=4, train=untrained)
+    idle = send(blobs, plan, start_of(first, 4), rank=4, train=untrained)
     before, after = read(blobs, second.adapter), read(blobs, merge(round_task(blobs, plan, second, [idle], round=3), blobs).adapter)
     for module in LAYOUT.modules:
         size = float(update(before, module).norm())

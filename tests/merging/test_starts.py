@@ -15,7 +15,7 @@ from protocol.contents import read_header
 from protocol.plan import Choice, Dtype, Layout, Plan, Scaling, Split
 from protocol.slices import TORCH_DTYPES, Slice
 from tests.merging.rounds import merge, read_digest, second_round
-from tests.merging.small import LAYOUT, best, dense, make_plan, read, round_task, send, untrained, update
+from tests.merging.small import LAYOUT, best, dense, make_plan, read, round_task, send, start_of, untrained, update
 
 CAP = 6
 FROM_ALL = ["folded", "rotating", "flora", "fedex"]  # clients start from all of the adapter
@@ -50,7 +50,7 @@ def test_who_starts_from_all_of_the_adapter_has_all_of_it_at_its_own_scale(strat
             assert bool(factors.a.any(dim=1).all()), "every direction can learn"
             assert not factors.b[:, CAP:].any(), "fresh directions begin as nothing"
     for name in LAYOUT.full:
-        assert torch.equal(read(blobs, before.start(1)).full[name], read(blobs, before.slices[1]).full[name])
+        assert torch.equal(read(blobs, start_of(before, 1)).full[name], read(blobs, before.slices[1]).full[name])
 
 
 @pytest.mark.parametrize("strategy", OWN_FACTORS)
@@ -81,7 +81,7 @@ def test_files_beside_the_slices_are_made_only_where_slices_do_not_serve(strateg
     published = first_adapter(make_plan(strategy, cap=CAP), blobs)
     kind = aggregation.load(strategy)
     assert bool(published.starts) == (not kind.singular or kind.portion is not aggregation.Portion.leading)
-    assert {rank: published.start(rank) for rank in (1, 2, 4)} == (published.starts or published.slices)
+    assert {rank: start_of(published, rank) for rank in (1, 2, 4)} == (published.starts or published.slices)
 
 
 def test_ranks_of_one_scale_share_the_file_that_holds_all_of_the_adapter(blobs: Blobs) -> None:
@@ -114,8 +114,8 @@ def test_the_next_adapter_is_the_best_of_the_whole_one_and_the_changes(strategy:
 def test_equal_ranks_that_learn_nothing_change_nothing_whatever_their_scale(strategy: str, scaling: Scaling, blobs: Blobs) -> None:
     plan = roomy(strategy, scaling)
     first = first_adapter(plan, blobs)
-    before = merge(round_task(blobs, plan, first, [send(blobs, plan, first.start(4), rank=4, seed=k) for k in range(2)]), blobs)
-    idle = [send(blobs, plan, before.start(4), rank=4, seed=k, train=untrained) for k in range(2)]
+    before = merge(round_task(blobs, plan, first, [send(blobs, plan, start_of(first, 4), rank=4, seed=k) for k in range(2)]), blobs)
+    idle = [send(blobs, plan, start_of(before, 4), rank=4, seed=k, train=untrained) for k in range(2)]
     after = merge(round_task(blobs, plan, before, idle, round=2), blobs)
     for module, factors in read(blobs, before.adapter).factors.items():
         was, now = dense(factors), update(read(blobs, after.adapter), module)
@@ -147,7 +147,7 @@ def test_ffa_sends_b_alone_and_never_leaves_the_first_rows_of_a(blobs: Blobs) ->
         assert {name for name in read_header(data, len(data)).entries if "/a" in name} == set()
     for module in LAYOUT.modules:
         assert torch.equal(first.factors[module].a, after.factors[module].a)
-        assert torch.equal(read(blobs, before.start(4)).factors[module].a.float(), after.factors[module].a[:4])
+        assert torch.equal(read(blobs, start_of(before, 4)).factors[module].a.float(), after.factors[module].a[:4])
         assert float(after.factors[module].b.norm()) > 0
 
 
