@@ -25,7 +25,7 @@ STEPS = 127
 
 def trained_parts(
     slice: Slice, start: Slice, layout: Layout, dtype: Dtype, *, directions: Sequence[int] | None = None, sides: Sides = Sides.both
-) -> Iterator[bytes]:
+) -> Iterator[bytes | memoryview]:
     """A trained slice's file, one tensor at a time; `start` is the slice that was handed out, of which these directions were trained."""
     if dtype is not Dtype.int8:
         yield from parts(slice, layout, dtype, sides)

@@ -62,8 +62,13 @@ class Slice:
 
 def numbers(tensor: Tensor, dtype: Dtype) -> bytes:
     """A tensor's numbers as they travel: row-major, little-endian."""
-    bits = {4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.size]  # numpy knows no bfloat16
-    return tensor.detach().to("cpu", TORCH_DTYPES[dtype]).view(bits).numpy().tobytes()
+    return bytes(_laid_out(tensor, dtype))
+
+
+def _laid_out(tensor: Tensor, dtype: Dtype) -> memoryview:
+    """The same where they are, if they lie so; nobody may change them meanwhile."""
+    found = tensor.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
+    return found.reshape(-1).view(torch.uint8).numpy().data  # of bytes: numpy knows no bfloat16
 
 
 def tensors(slice: Slice, layout: Layout, sides: Sides = Sides.both) -> Iterator[Tensor]:
@@ -76,11 +81,11 @@ def tensors(slice: Slice, layout: Layout, sides: Sides = Sides.both) -> Iterator
         yield slice.full[name]
 
 
-def parts(slice: Slice, layout: Layout, dtype: Dtype, sides: Sides = Sides.both) -> Iterator[bytes]:
-    """A slice's file, one tensor at a time. Equal slices give equal bytes."""
+def parts(slice: Slice, layout: Layout, dtype: Dtype, sides: Sides = Sides.both) -> Iterator[bytes | memoryview]:
+    """A slice's file, one tensor at a time, not copied where it lies as it travels. Equal slices give equal bytes."""
     yield head(layout, slice.label, dtype, sides)
     for tensor in tensors(slice, layout, sides):
-        yield numbers(tensor, dtype)
+        yield _laid_out(tensor, dtype)
 
 
 def pack(slice: Slice, layout: Layout, dtype: Dtype) -> bytes:
