@@ -42,7 +42,7 @@ def write(plan: Plan, facts: Facts, adapter: SliceReader, wanted: Wanted, folder
     """
     layout = _layout(plan, adapter.header)
     kept = adapter.factors if _is_singular(plan) else lambda module: singular(adapter.factors(module))
-    found = read_out({module: partial(kept, module) for module in layout.modules}, wanted)
+    found = read_out({module: partial(kept, module) for module in layout.modules}, adapter.header.label.rank, wanted)
     size = _write_numbers(folder / NUMBERS, layout, found.ranks, kept, adapter.full)
     (folder / CONFIG).write_text(json.dumps(config(plan, layout, found.ranks), indent=2, sort_keys=True) + "\n", "utf-8")
     (folder / CARD).write_text(card(plan, facts, found, size), "utf-8")

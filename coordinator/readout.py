@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from coordinator.lowrank import pad, truncate
@@ -32,13 +33,15 @@ class ReadOut:
     left_out: float
 
 
-def read_out(adapter: Mapping[str, Callable[[], Factors]], wanted: Wanted) -> ReadOut:
-    """What shall be left of an adapter in singular form, whose modules are loaded one after another."""
-    energies = {module: _energies(load()) for module, load in adapter.items()}
+def read_out(adapter: Mapping[str, Callable[[], Factors]], directions: int, wanted: Wanted) -> ReadOut:
+    """What shall be left of an adapter in singular form of so many directions, whose modules are loaded one after another."""
+    energies = torch.zeros(len(adapter), directions, dtype=torch.float64)  # in one piece: crumbs between large blocks scatter the heap
+    for row, load in zip(energies, adapter.values(), strict=True):
+        row.copy_(_energies(load()))
     ranks = _ranks(energies, wanted)
-    total = sum(float(energy.sum()) for energy in energies.values())
-    lost = sum(float(energy[ranks[module] :].sum()) for module, energy in energies.items())
-    return ReadOut(ranks, lost / total if total > 0 else 0.0)
+    total = float(energies.sum())
+    lost = sum(float(row[rank:].sum()) for row, rank in zip(energies, ranks, strict=True))
+    return ReadOut(dict(zip(adapter, ranks, strict=True)), lost / total if total > 0 else 0.0)
 
 
 def leading(factors: Factors, rank: int) -> Factors:
@@ -58,14 +61,13 @@ def _energies(factors: Factors) -> Tensor:
     return found
 
 
-def _ranks(energies: Mapping[str, Tensor], wanted: Wanted) -> dict[str, int]:
+def _ranks(energies: Tensor, wanted: Wanted) -> list[int]:
+    """Each module's rank, for energies (modules, directions)."""
     if wanted.kept is None:
-        return dict.fromkeys(energies, wanted.rank)
+        return [wanted.rank] * len(energies)
     if wanted.uniform:
-        together = sum(energies.values())
-        assert isinstance(together, Tensor), "an adapter has modules"
-        return dict.fromkeys(energies, min(wanted.rank, _smallest(together, wanted.kept)))
-    return {module: min(wanted.rank, _smallest(energy, wanted.kept)) for module, energy in energies.items()}
+        return [min(wanted.rank, _smallest(energies.sum(dim=0), wanted.kept))] * len(energies)
+    return [min(wanted.rank, _smallest(energy, wanted.kept)) for energy in energies]
 
 
 def _smallest(energies: Tensor, kept: float) -> int:

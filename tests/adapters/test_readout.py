@@ -100,7 +100,7 @@ def test_an_adapter_in_any_gauge_is_read_out_as_its_best_approximation(strategy:
 
 def test_the_gauge_changes_neither_the_ranks_nor_what_is_left_out() -> None:
     def chosen(adapter: dict[str, Factors]) -> ReadOut:
-        return read_out({module: partial(singular, factors) for module, factors in adapter.items()}, Wanted(CAP, 0.9))
+        return read_out({module: partial(singular, factors) for module, factors in adapter.items()}, CAP, Wanted(CAP, 0.9))
 
     straight, other = chosen(make_adapter()), chosen(turned(make_adapter()))
     assert straight.ranks == other.ranks
