@@ -18,7 +18,7 @@ from torch import Tensor
 from protocol import errors
 from protocol.contents import SCALES, head, names, scales
 from protocol.plan import Dtype, Layout, Sides
-from protocol.slices import TORCH_DTYPES, Slice, numbers, parts, tensors
+from protocol.slices import TORCH_DTYPES, Slice, numbers, parts
 
 STEPS = 127
 
@@ -30,13 +30,22 @@ def trained_parts(
     if dtype is not Dtype.int8:
         yield from parts(slice, layout, dtype, sides)
         return
-    chosen = Slice(start.label, {module: factors.of(directions) for module, factors in start.factors.items()}, start.full)
     yield head(layout, slice.label, dtype, sides)
-    trio = zip(names(layout, slice.label.rank, sides), tensors(slice, layout, sides), tensors(chosen, layout, sides), strict=True)
-    for name, new, old in trio:
+    for name, (new, old) in zip(names(layout, slice.label.rank, sides), _pairs(slice, start, layout, directions, sides), strict=True):
         steps, sizes = written(name, new, old)
         yield numbers(steps, Dtype.int8)
         yield numbers(sizes, Dtype.float32)
+
+
+def _pairs(slice: Slice, start: Slice, layout: Layout, directions: Sequence[int] | None, sides: Sides) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor with what it was, in the order of the file."""
+    for module in layout.modules:
+        new, old = slice.factors[module], start.factors[module].of(directions)
+        if sides is Sides.both:
+            yield new.a, old.a
+        yield new.b, old.b
+    for name in layout.full:
+        yield slice.full[name], start.full[name]
 
 
 def arrived(name: str, new: Tensor, old: Tensor, dtype: Dtype) -> Tensor:
