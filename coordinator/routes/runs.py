@@ -132,7 +132,7 @@ Uniform = Annotated[bool, Query(description="with `kept`: one rank for all modul
             "description": "a PEFT folder as a zip archive",
             "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
         },
-        **documented(*COMMON, errors.NotFound),
+        **documented(*COMMON, errors.NotFound, errors.InsufficientStorage),
     },
 )
 def get_adapter(
@@ -150,7 +150,7 @@ def get_adapter(
     response_class=Response,
     responses={
         200: {"description": "the file", "content": binary("application/octet-stream")},
-        **documented(*COMMON, errors.NotFound),
+        **documented(*COMMON, errors.NotFound, errors.InsufficientStorage),
     },
 )
 def get_adapter_file(
