@@ -54,7 +54,7 @@ def _obstacle(client: Client, plan: Plan, kind: JobKind, refused: tuple[datetime
         return f"its owner does not allow model {plan.model.id}"
     if refused is not None and refused[0] >= client.profiled_at:
         return f"refused: {refused[1]}"
-    return ranks.fits(plan, candidate(client, profile, history))
+    return ranks.fits(plan, candidate(client.name, client.labels, profile, history))
 
 
 def _columns(plan: Plan) -> list[str]:
@@ -86,7 +86,7 @@ def assign(session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], 
     known = histories.of_run(session, run_id)
     views: dict[str, RankView] = {}
     for client in chosen:
-        seen = candidate(client, Profile.model_validate(client.profile), known.get(client.id, NEW))
+        seen = candidate(client.name, client.labels, Profile.model_validate(client.profile), known.get(client.id, NEW))
         views[client.id] = ranks.choose(plan, seen, population)
     return views
 

@@ -31,8 +31,8 @@ from protocol.errors import HLoRAError, Unavailable
 from protocol.plan import Plan
 
 log = structlog.get_logger()
-SHARE = 0.1  # of a processor that looks may take: most of it is left to those who answer a fleet that calls all the time
-BRIEF = 0.03  # processor seconds that they may take at once before a rest follows
+SHARE = 0.05  # of a processor that looks may take: most of it is left to those who answer a fleet that calls all the time
+BRIEF = 0.05  # processor seconds that they may take at once before a rest follows
 
 
 class Conductor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, tuple_
+from sqlalchemy import ColumnElement, Row, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from coordinator import ranks
-from coordinator.tables import Client, Job, Round
+from coordinator.tables import Job, Round
 from protocol.messages import Profile, Usage
 from protocol.states import JobKind, JobState
 
@@ -25,9 +26,9 @@ class History:
 NEW = History()
 
 
-def candidate(client: Client, profile: Profile, history: History) -> ranks.Candidate:
-    """The client as a rank policy sees it."""
-    return ranks.Candidate(name=client.name, labels=client.labels, profile=profile, measured=history.measured, previous=history.previous)
+def candidate(name: str, labels: Mapping[str, str], profile: Profile, history: History) -> ranks.Candidate:
+    """A client as a rank policy sees it."""
+    return ranks.Candidate(name=name, labels=labels, profile=profile, measured=history.measured, previous=history.previous)
 
 
 def of_run(session: Session, run_id: str) -> dict[str, History]:
@@ -49,8 +50,9 @@ def _histories(session: Session, *which: ColumnElement[bool]) -> dict[str, Histo
     return {row.client_id: History(row.rank, measured.get(row.client_id)) for row in _latest(session, *which)}
 
 
-def _latest(session: Session, *which: ColumnElement[bool]) -> Sequence[Job]:
+def _latest(session: Session, *which: ColumnElement[bool]) -> Sequence[Row[str, int, dict[str, Any] | None]]:
     """The newest such training job of each client."""
     mine = (Job.kind == JobKind.train, *which)
     newest = select(func.max(Job.round_id), Job.client_id).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id)
-    return session.scalars(select(Job).where(Job.kind == JobKind.train, tuple_(Job.round_id, Job.client_id).in_(newest))).all()
+    these = (Job.kind == JobKind.train, tuple_(Job.round_id, Job.client_id).in_(newest))
+    return session.execute(select(Job.client_id, Job.rank, Job.result).where(*these)).all()

@@ -182,8 +182,13 @@ def upload(session: Session, holder: Holder) -> Upload:
         wire=plan.wire,
     )
     bound = plan.norm.bound if plan.norm is not None and plan.norm.action == "reject" else None
-    largest, largest_head = _lengths(_Kind(job.plan_digest, job.rank, plan))
+    largest, largest_head = lengths(plan, job)
     return Upload(expected=expected, largest=largest, largest_head=largest_head, bound=bound)
+
+
+def lengths(plan: Plan, job: Facts) -> tuple[int, int]:
+    """Bytes that the job's slice may have, and those of them before the first number."""
+    return _lengths(_Kind(job.plan_digest, job.rank, plan))
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,6 @@ class _Kind:
 
 @lru_cache(maxsize=256)
 def _lengths(kind: _Kind) -> tuple[int, int]:
-    """Bytes that such a slice may have, and those of them before the first number."""
     plan = kind.plan
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
     sides = aggregation.load(plan.strategy.name).sides

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
+from typing import Any
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, null, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import events, histories, ranks, sizes
-from coordinator.jobs import ACTIVE, plan_of
+from coordinator.jobs import ACTIVE, Facts, known_plan, lengths
 from coordinator.tables import Client, Job, Round, Run
 from protocol import messages
-from protocol.contents import largest_length
 from protocol.messages import Profile
 from protocol.plan import Plan, Sides
 from protocol.states import ClientState, JobKind, JobState, RunState
@@ -52,23 +52,59 @@ def hand_out(session: Session, client_ids: Collection[str], now: datetime) -> di
     All of them are looked up at once: a round that opens is picked up by a whole fleet in the same seconds. A job that was
     never handed out, and for which there is no time left, is cancelled instead, with the reason.
     """
-    wanted = select(Client).where(Client.id.in_(client_ids), Client.state == ClientState.active)
-    able = {client.id: client for client in session.scalars(wanted)}
-    query = (
-        select(Job, Round, Run)
-        .join(Round, Job.round_id == Round.id)
-        .join(Run, Round.run_id == Run.id)
-        .where(Job.client_id.in_(able), Job.state.in_(ACTIVE), Run.state == RunState.running)
-        .order_by(Job.client_id, Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
-        .with_for_update(of=Job, key_share=True)  # a job that ends at this moment is not revived
-    )
-    desk = _Desk(session, list(able), now)
+    found = session.connection().execute(_NEXT, {"ids": list(client_ids)}).all()
+    desk = _Desk(session, sorted({job.client_id for job in found}), now)
     given: dict[str, messages.Job] = {}
-    for job, round, run in session.execute(query):
-        if job.client_id not in given and (told := desk.serve(able[job.client_id], job, round, run)) is not None:
+    for job in found:
+        if job.client_id not in given and (told := desk.serve(job)) is not None:
             given[job.client_id] = told
-    session.flush()
+    desk.write()
     return given
+
+
+_NEXT = (
+    select(
+        *(Job.id, Job.client_id, Job.kind, Job.state, Job.epoch, Job.rank, Job.rank_view, Job.base, Job.base_bytes, Job.directions),
+        *(Job.deadline, Job.max_steps, Round.number, Round.run_id, Run.name.label("run_name"), Run.plan_digest),
+        *(Client.name.label("client_name"), Client.labels, Client.profile),
+    )
+    .join(Round, Job.round_id == Round.id)
+    .join(Run, Round.run_id == Run.id)
+    .join(Client, Job.client_id == Client.id)
+    .where(Job.client_id.in_(bindparam("ids", expanding=True)), Job.state.in_(ACTIVE))
+    .where(Client.state == ClientState.active, Run.state == RunState.running)
+    .order_by(Job.client_id, Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
+    .with_for_update(of=Job, key_share=True)  # a job that ends at this moment is not revived
+)
+_HERE = (Job.id == bindparam("job"), Job.epoch == bindparam("before"), Job.state == bindparam("was"))
+_TIMES = {"deadline": bindparam("until", type_=Job.deadline.type)}
+_LEASED = (
+    update(Job)
+    .where(*_HERE)
+    .values(
+        state=JobState.leased,
+        epoch=Job.epoch + 1,
+        max_steps=bindparam("most"),
+        lease_until=bindparam("lease", type_=Job.lease_until.type),
+        progress=null(),
+        progress_at=bindparam("at", type_=Job.progress_at.type),
+        **_TIMES,
+    )
+)
+_CANCELLED = (
+    update(Job)
+    .where(*_HERE)
+    .values(state=JobState.cancelled, reason=bindparam("why"), ended_at=bindparam("at", type_=Job.ended_at.type), **_TIMES)
+)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What a job's time makes of it."""
+
+    deadline: datetime
+    max_steps: int | None
+    obstacle: str | None = None  # why there is too little of it
 
 
 class _Desk:
@@ -76,61 +112,66 @@ class _Desk:
 
     def __init__(self, session: Session, client_ids: Sequence[str], now: datetime) -> None:
         self._session, self._now = session, now
-        self._plan = cache(plan_of)
         self._histories = cache(lambda run_id: histories.of_clients(session, run_id, client_ids))
-        self._largest = cache(lambda run, rank: _largest_upload(self._plan(run), rank))
+        self._leased: list[dict[str, object]] = []
+        self._cancelled: list[dict[str, object]] = []
 
-    def serve(self, client: Client, job: Job, round: Round, run: Run) -> messages.Job | None:
+    def serve(self, job: Facts) -> messages.Job | None:
         """The job under a fresh lease; nothing if its time does not hold a single step."""
-        if job.state == JobState.queued:
-            job.deadline = min(job.deadline, self._now + timedelta(seconds=self._plan(run).times.job))
-        if not (job.epoch or job.kind == JobKind.evaluate or self._in_time(client, job, round, run)):
+        plan = known_plan(self._session, job)
+        term = self._term(plan, job)
+        same = {"job": job.id, "before": job.epoch, "was": job.state, "until": term.deadline, "at": self._now}
+        if term.obstacle is not None:
+            self._cancelled.append(same | {"why": term.obstacle})
+            told = (self._session, self._now, "job-cancelled")
+            events.record(*told, run=job.run_id, round=job.number, client=job.client_name, reason=term.obstacle)
             return None
-        job.state, job.epoch = JobState.leased, job.epoch + 1
-        job.lease_until = self._now + timedelta(seconds=self._plan(run).times.lease)
-        job.progress, job.progress_at = None, self._now
-        return _message(self._plan(run), client, job, round, run, self._largest(run, job.rank), self._now)
+        self._leased.append(same | {"most": term.max_steps, "lease": self._now + timedelta(seconds=plan.times.lease)})
+        return _message(plan, job, term, self._now)
 
-    def _in_time(self, client: Client, job: Job, round: Round, run: Run) -> bool:
-        """Cut the job to the steps that its time holds, once and for all its leases; cancel it where that is not one."""
-        plan, left = self._plan(run), (job.deadline - self._now).total_seconds()
-        history = self._histories(run.id).get(client.id, histories.NEW)
-        candidate = histories.candidate(client, Profile.model_validate(client.profile), history)
+    def write(self) -> None:
+        """Change the rows of the jobs that were served."""
+        for change, rows in ((_LEASED, self._leased), (_CANCELLED, self._cancelled)):
+            changed = self._session.connection().execute(change, rows).rowcount if rows else 0
+            assert changed == len(rows), "these rows are locked since they were read"
+
+    def _term(self, plan: Plan, job: Facts) -> _Term:
+        """Its time; a job to train is cut to the steps that this holds, once and for all its leases."""
+        deadline = job.deadline
+        if job.state == JobState.queued:
+            deadline = min(deadline, self._now + timedelta(seconds=plan.times.job))
+        if job.epoch or job.kind == JobKind.evaluate:
+            return _Term(deadline, job.max_steps)
+        left = (deadline - self._now).total_seconds()
+        history = self._histories(job.run_id).get(job.client_id, histories.NEW)
+        candidate = histories.candidate(job.client_name, job.labels, Profile.model_validate(job.profile), history)
         steps = ranks.steps_within(plan, candidate, job.rank, left)
         if steps:
-            job.max_steps = steps if steps < plan.training.steps(ranks.examples(plan, candidate)) else None
-            return True
-        job.state, job.ended_at = JobState.cancelled, self._now
-        job.reason = f"too little time to hand it out: {left:.3g} s are left; {ranks.needs(plan, candidate, job.rank)}"
-        told = (self._session, self._now, "job-cancelled")
-        events.record(*told, run=run.id, round=round.number, client=client.name, reason=job.reason)
-        return False
+            return _Term(deadline, steps if steps < plan.training.steps(ranks.examples(plan, candidate)) else None)
+        needs = ranks.needs(plan, candidate, job.rank)
+        return _Term(deadline, None, f"too little time to hand it out: {left:.3g} s are left; {needs}")
 
 
-def _largest_upload(plan: Plan, rank: int) -> int:
-    return largest_length(sizes.layout(plan), rank, plan.upload, sizes.strategy(plan).sides)
-
-
-def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, largest: int, now: datetime) -> messages.Job:
+def _message(plan: Plan, job: Facts, term: _Term, now: datetime) -> messages.Job:
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
     kind = JobKind(job.kind)
-    cut = {} if job.max_steps is None else {"max_steps": job.max_steps}
+    cut = {} if term.max_steps is None else {"max_steps": term.max_steps}
     return messages.Job(
         id=job.id,
-        run=run.id,
-        run_name=run.name,
-        round=round.number,
+        run=job.run_id,
+        run_name=job.run_name,
+        round=job.number,
         kind=kind,
         rank=job.rank,
-        rank_reason=reason(job),
+        rank_reason=reason(job.rank_view, term.max_steps),
         scale=plan.adapter.scale(job.rank),
-        seed=seed(plan, round.number, client.name, kind),
+        seed=seed(plan, job.number, job.client_name, kind),
         slice=messages.BlobRef(digest=job.base, bytes=job.base_bytes),
         directions=job.directions,
         sides=sizes.strategy(plan).sides if kind is JobKind.train else Sides.both,
-        lease=messages.Lease(epoch=job.epoch, seconds=plan.times.lease, no_progress_seconds=plan.times.no_progress),
-        remaining_seconds=max(0.0, (job.deadline - now).total_seconds()),
-        max_upload_bytes=largest,
+        lease=messages.Lease(epoch=job.epoch + 1, seconds=plan.times.lease, no_progress_seconds=plan.times.no_progress),
+        remaining_seconds=max(0.0, (term.deadline - now).total_seconds()),
+        max_upload_bytes=lengths(plan, job)[0],
         model=plan.model,
         task=plan.task,
         data=plan.data,
@@ -142,7 +183,7 @@ def _message(plan: Plan, client: Client, job: Job, round: Round, run: Run, large
     )
 
 
-def reason(job: Job) -> str:
-    """Why the job has its rank, and its number of steps where that is not the plan's."""
-    why = str(job.rank_view["reason"])
-    return why if job.max_steps is None else f"{why}; cut to {job.max_steps} steps, which its time holds"
+def reason(rank_view: Mapping[str, Any], max_steps: int | None) -> str:
+    """Why a job has its rank, and its number of steps where that is not the plan's."""
+    why = str(rank_view["reason"])
+    return why if max_steps is None else f"{why}; cut to {max_steps} steps, which its time holds"

@@ -178,7 +178,7 @@ def _job_view(job: Job, client_name: str, numbers: Mapping[int, int]) -> JobView
         kind=JobKind(job.kind),
         state=JobState(job.state),
         reason=job.reason,
-        rank=RankView.model_validate(job.rank_view | {"reason": leasing.reason(job)}),
+        rank=RankView.model_validate(job.rank_view | {"reason": leasing.reason(job.rank_view, job.max_steps)}),
         epoch=job.epoch,
         progress=None if job.progress is None else Progress.model_validate(job.progress),
         slice=None if job.slice is None or job.slice_bytes is None else BlobRef(digest=job.slice, bytes=job.slice_bytes),
