@@ -134,14 +134,29 @@ def _triplets(stack: Stack, grams: _Grams, x: Tensor, most: float) -> Singular:
     Their squared singular values are the eigenvalues λ of the pencil (Nᵀ AAᵀ N, xᵀ N) with N = C BᵀB C x, whose vectors
     v give  U = B (C x v)  and  Vᵀ = (vᵀ Nᵀ / √λ) A:  the projection is W's own, whatever the columns are.
     """
-    n = grams.b @ x
-    inner, outer = x.double().T @ n.double(), n.double().T @ (grams.a @ n).double()
-    values, v = pencil(outer, inner)
-    x, n = x @ v.to(x.dtype), n @ v.to(x.dtype)
-    roots = values.pow(0.25).to(x.dtype)
-    b = product(stack.b, stack.c[:, None].to(x.dtype) * x * roots)
-    a = product(stack.a.T, n / roots).T.contiguous()
-    return Singular(b, a, values, grams.total, max(most, float(values.sum())))
+    x = x.double()
+    n = product(grams.b, x)
+    values, v = pencil(n.T @ product(grams.a, n), x.T @ n)
+    x, n = x @ (v * values.pow(0.25)), n @ (v / values.pow(0.25))
+    dtype = torch.float32 if grams.a.dtype == torch.float32 or _coarse(stack, grams, x, n, values) else torch.float64
+    b = product(stack.b, (stack.c[:, None] * x).to(dtype)).to(stack.b.dtype)
+    a = product(stack.a.T, n.to(dtype)).T.to(stack.a.dtype)
+    return Singular(b, a.contiguous(), values, grams.total, max(most, float(values.sum())))
+
+
+def _coarse(stack: Stack, grams: _Grams, x: Tensor, n: Tensor, values: Tensor) -> bool:
+    """Whether the last products may be formed in float32: its rounding adds less than EXACT · ‖W‖ to the error.
+
+    What stands at random adds its square to the square of what is left out. It is as large as the summands, which may be larger
+    than their sum, B C x or A ᵀn.
+    """
+    squares = torch.stack([grams.a.diagonal(), grams.b.diagonal()])
+    if stack.b.dtype != torch.float32 or not within_float32(squares) or not within_float32(values):
+        return False
+    lengths = squares.sqrt()
+    summands = (lengths[0] @ n.abs()).square() + (lengths[1] @ x.abs()).square()
+    rounding = 8 * torch.finfo(torch.float32).eps ** 2 * float((values.sqrt() * summands).sum())
+    return bool(rounding <= EXACT * (grams.total * max(0.0, grams.total - float(values.sum()))) ** 0.5)
 
 
 def pencil(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,13 +173,13 @@ def pencil(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x y in y's dtype for a long x (n, R), which is widened some rows at a time; x's dtype is what it is kept in."""
+    """x y in y's dtype, for a long x (n, R), which is turned into that some rows at a time."""
     if x.dtype == y.dtype:
         return x @ y
-    found = torch.empty(len(x), y.shape[1], dtype=x.dtype)
+    found = torch.empty(len(x), y.shape[1], dtype=y.dtype)
     rows = max(1, spectrum.CHUNK // (y.itemsize * max(1, len(y))))
     for start in range(0, len(x), rows):
-        found[start : start + rows] = x[start : start + rows].to(y.dtype) @ y
+        torch.mm(x[start : start + rows].to(y.dtype), y, out=found[start : start + rows])
     return found
 
 
