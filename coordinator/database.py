@@ -102,9 +102,7 @@ class Database:
     def __init__(self, url: str, clock: Clock = database_clock) -> None:
         self.engine = open_engine(url)
         self.clock = clock
-        # PostgreSQL shows each statement what was committed when it began, in a transaction or not: two ways to the server less.
-        reading = {} if self.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
-        self._readers = sessionmaker(self.engine.execution_options(**reading), expire_on_commit=False)
+        self._readers = sessionmaker(self.engine, expire_on_commit=False)
         self._writers = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
         # SQLite lets one write at a time, and who waits for it sleeps and tries again: here the next one goes on at once.
         self._turn = threading.Lock() if self.engine.dialect.name == "sqlite" else None
