@@ -119,8 +119,8 @@ class RoundSummary(Strict):
     cohort: int = Field(description="training jobs handed out, re-draws included")
     contributions: int
     ranks: dict[int, int] = Field(description="rank → accepted contributions")
-    bytes_up: Bytes
-    bytes_down: Bytes
+    bytes_up: Bytes = Field(description="trained slices that came and were found good")
+    bytes_down: Bytes = Field(description="what clients fetched for the jobs that they answered, as they say")
     train_seconds: float = Field(description="sum over clients")
     merge_seconds: float | None
     metrics: dict[str, float] = Field(description="evaluation of the adapter that this round published, weighted mean over clients")
@@ -151,8 +151,8 @@ class RunView(Strict):
     created_at: datetime
     ended_at: datetime | None
     metrics: dict[str, float] = Field(description="the newest evaluation")
-    bytes_up: Bytes
-    bytes_down: Bytes
+    bytes_up: Bytes = Field(description="trained slices that came and were found good")
+    bytes_down: Bytes = Field(description="what clients fetched for the jobs that they answered, as they say")
 
 
 class RunDetail(RunView):
