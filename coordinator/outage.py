@@ -15,9 +15,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from coordinator import events
+from coordinator.columns import Base
 from coordinator.handout import GONE
 from coordinator.jobs import ACTIVE
-from coordinator.tables import Base, Beat, Client, Job, Round, Run, Upload
+from coordinator.tables import Beat, Client, Job, Round, Run, Upload
 from protocol.states import JobState, RoundState
 
 BEAT = timedelta(seconds=2)

@@ -2,8 +2,8 @@
 
 from alembic import context
 
-from coordinator.tables import Base
+from coordinator.tables import Run
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata, render_as_batch=True)
+context.configure(connection=context.config.attributes["connection"], target_metadata=Run.metadata, render_as_batch=True)
 with context.begin_transaction():
     context.run_migrations()

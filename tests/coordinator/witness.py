@@ -13,7 +13,7 @@ import httpx
 from sqlalchemy import Engine, text
 
 from coordinator.blobs import Blobs
-from coordinator.tables import Base
+from coordinator.tables import Run
 from protocol import errors
 from protocol.states import JobState, RoundState, RunState
 from tests.federation import refusal
@@ -31,7 +31,7 @@ def rows(engine: Engine) -> Rows:
     found: Rows = {}
     with engine.connect() as connection:
         for name in WATCHED:
-            table = Base.metadata.tables[name]
+            table = Run.metadata.tables[name]
             columns = [column.name for column in table.columns if column.name not in PASSING]
             quoted = ", ".join(f'"{column}"' for column in columns)
             listed = connection.execute(text(f"select {quoted} from {name}"))
