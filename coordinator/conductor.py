@@ -32,6 +32,7 @@ from protocol.plan import Plan
 
 log = structlog.get_logger()
 SHARE = 0.05  # of a processor that looks may take: most of it is left to those who answer a fleet that calls all the time
+GLANCE = 0.05  # seconds between two looks, during a rest, whether a round has all its answers
 BRIEF = 0.05  # processor seconds that they may take at once before a rest follows
 
 
@@ -40,6 +41,7 @@ class Conductor:
 
     def __init__(self, database: Database, blobs: Blobs, executor: Executor, bell: Bell, *, pace: float) -> None:
         self._database, self._blobs, self._executor, self._bell, self._pace = database, blobs, executor, bell, pace
+        self._merged = threading.Event()  # a round was merged, and nobody has looked since
 
     def tick(self) -> bool:
         """Look once at everything that is due; says whether something was merged, so that the next look is worth its while."""
@@ -75,6 +77,7 @@ class Conductor:
         merging.start()
         ahead, before = 0.0, time.monotonic()  # processor seconds that were taken beyond the share, up to that time
         while not stop.is_set():
+            self._merged.clear()
             began = time.thread_time()  # not the clock: a look that waited for others to work would make them wait in turn
             self._attend(self._look)
             closed.set()
@@ -82,10 +85,21 @@ class Conductor:
             ahead = max(0.0, ahead - SHARE * (now - before)) + time.thread_time() - began
             before = now
             if ahead > BRIEF:
-                stop.wait(min(longest_pause, (ahead - BRIEF) / SHARE))
+                self._rest(stop, min(longest_pause, (ahead - BRIEF) / SHARE))
             self._bell.await_conductor_call(min(longest_pause, outage.BEAT.total_seconds()))
         closed.set()
         merging.join()
+
+    def _rest(self, stop: threading.Event, seconds: float) -> None:
+        """Leave the processor to others, but not while a round only waits to be closed, or to be followed by the next."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._merged.is_set() and not stop.wait(min(left, GLANCE)):
+            if self._attend(self._answered):
+                return
+
+    def _answered(self) -> bool:
+        with self._database.read() as session:
+            return runs.answered(session)
 
     def _look(self) -> bool:
         """One look of the live loop: before anything can be overdue, time in which nobody was at work is given back."""
@@ -103,6 +117,7 @@ class Conductor:
         while not stop.is_set():
             closed.clear()
             if self._attend(lambda: self._merge_all(stop)):
+                self._merged.set()
                 self._bell.ring_conductor()
             else:
                 closed.wait(longest_pause)

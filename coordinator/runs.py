@@ -147,6 +147,14 @@ def alive(session: Session) -> list[str]:
     return list(session.scalars(query.order_by(Run.created_at, Run.id)))
 
 
+def answered(session: Session) -> bool:
+    """Whether a round is open that has jobs, and all of them are over: it can go on at once."""
+    jobs = select(Job.id).where(Job.round_id == Round.id)
+    going = (Run.state == RunState.running, Round.state == RoundState.open)
+    query = select(Round.id).join(Run, Round.run_id == Run.id).where(*going, jobs.exists(), ~jobs.where(Job.state.in_(ACTIVE)).exists())
+    return session.scalar(query.limit(1)) is not None
+
+
 def fail(session: Session, id: str, reason: str, now: datetime) -> None:
     """running → failed, because of a defect that it met; it can be resumed when that is mended."""
     rounds.fail(session, _mine(session, id), reason, now)

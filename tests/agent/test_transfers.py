@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agent.client import Client
 from agent.connection import Retry
-from agent.transfers import PART
+from agent.transfers import LARGEST_PART, PART, part_bytes
+from coordinator import parts
 from protocol import errors, slices
 from protocol.messages import BlobRef, Job
-from tests.agent.links import Link, linked
+from tests.agent.links import Link, linked, served
 from tests.agent.looping import ALONE
 from tests.federation import LAYOUT, Device, Federation, make_plan
 
@@ -107,6 +110,38 @@ async def test_an_upload_of_which_nothing_arrives_is_given_up_for_now(way: Way) 
 async def test_a_small_slice_goes_in_one_request(way: Way) -> None:
     await way.send(attempts=1)
     assert way.link.up.carried <= way.ref.bytes + HEADERS
+
+
+@dataclass
+class Proxy:
+    """A proxy that lets bodies of so many bytes pass, and what it was sent."""
+
+    app: ASGIApp
+    most: int
+    sent: list[int]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "PATCH":
+            self.sent.append(int(dict(scope["headers"])[b"content-length"]))
+            if self.sent[-1] > self.most:
+                return await PlainTextResponse("too large", 413)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("layout", [LARGE], indirect=False)
+@pytest.mark.parametrize(("speed", "most"), [(None, 10**9), (10**6, 10**9), (10**6, PART)])
+async def test_parts_are_as_large_as_the_link_is_known_to_carry(way: Way, federation: Federation, speed: int | None, most: int) -> None:
+    proxy = Proxy(federation.app, most, [])
+    async with served(proxy) as url:
+        await replace(way, address=url).send(part=part_bytes(speed))
+    whole, ordinary = [way.ref.bytes], [PART, way.ref.bytes - PART]
+    assert proxy.sent == (ordinary if speed is None else whole if most > PART else whole + ordinary)
+
+
+def test_no_part_is_larger_than_the_coordinator_takes() -> None:
+    assert part_bytes(None) == part_bytes(1.0) == PART
+    assert part_bytes(1e6) == 30_000_000
+    assert part_bytes(1e12) == LARGEST_PART == parts.LONGEST
 
 
 async def test_what_the_coordinator_has_is_not_sent_again(way: Way) -> None:
