@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import delete
 
 from coordinator import aggregation, retention, sweeping, verification
 from coordinator.aggregation import Changes
+from coordinator.tables import PublishedStart
 from coordinator.verification import Verdict
 from protocol import errors, slices
 from protocol.compact import trained_parts
@@ -195,6 +197,24 @@ async def test_what_training_starts_from_is_kept_and_given_up_with_its_round(fed
     left = sweep(federation)
     assert not starts[0] & left
     assert starts[1] | starts[2] <= left, "that of the newest round, and what its contributions started from"
+
+
+async def test_a_run_whose_rounds_published_no_starts_goes_on_from_its_slices(small: Federation) -> None:
+    """As one of an earlier release may, whose `zero_pad` kept what it merged in singular form."""
+    await enrol(small)
+    run = (await small.admin.create(plan_of("zero_pad", ranks=RANKS))).id
+    small.parts.conductor.tick()
+    small.parts.conductor.tick()
+    with small.parts.database.write() as session:
+        session.execute(delete(PublishedStart))
+    small.tick()
+    slices_of_round_0 = (await small.admin.round(run, 0)).slices
+    for device in small.devices:
+        job = await device.take()
+        assert (job.slice, job.directions) == (slices_of_round_0[job.rank], None)
+        await device.complete(job)
+    (view,) = await small.play([run])
+    assert view.state is RunState.finished
 
 
 async def test_a_lost_start_is_missed_by_verification(small: Federation) -> None:
