@@ -9,14 +9,16 @@ from datetime import datetime
 
 import pytest
 from sqlalchemy import func, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
+from coordinator import access
 from coordinator.database import Database
 from coordinator.desk import LARGEST, Desk
 from coordinator.tables import Event
 from protocol import errors
 from protocol.errors import HLoRAError
+from tests.federation import Federation, make_plan
 
 SOON = 30  # seconds
 
@@ -105,6 +107,34 @@ async def test_who_stops_waiting_leaves_the_others_unharmed(database: Database) 
     gone.cancel()
     assert await asyncio.wait_for(stays, SOON) == "stays"
     assert await desk.bring(write, "next", "next") == "next"
+
+
+async def test_who_ask_at_once_are_each_told_who_they_are(federation: Federation) -> None:
+    first, second, revoked = await federation.enrol_many(3)
+    await federation.admin.change_client(revoked, state="revoked")
+    await federation.open(make_plan(evaluation={"every": 0}, cohort={"target": 1, "quorum": 1}))
+    digests = [access.digest(str(secret)) for secret in (first.secret, second.secret, revoked.secret, "hlc_nobody", first.secret)]
+
+    told = await asyncio.wait_for(asyncio.gather(*(federation.parts.desk.look(digest) for digest in digests)), SOON)
+
+    assert [found and found.client for found in told] == [first.id, second.id, None, None, first.id]
+    assert sum(found.work for found in told[:2] if found is not None) == 1
+
+
+async def test_a_look_that_fails_is_told_to_all_who_asked_and_the_next_one_is_made(federation: Federation) -> None:
+    (device,) = await federation.enrol_many(1)
+    desk, digest = federation.parts.desk, access.digest(str(device.secret))
+    with federation.parts.database.write() as session:
+        session.execute(text("alter table clients rename to elsewhere"))
+
+    outcomes = await asyncio.wait_for(asyncio.gather(*(desk.look(d) for d in (digest, "other")), return_exceptions=True), SOON)
+
+    assert all(isinstance(outcome, DBAPIError) for outcome in outcomes)
+    with federation.parts.database.write() as session:
+        session.execute(text("alter table elsewhere rename to clients"))
+    found = await asyncio.wait_for(desk.look(digest), SOON)
+    assert found is not None
+    assert found.client == device.id
 
 
 async def test_nobody_is_told_of_a_write_that_could_not_be_committed(sqlite_url: str) -> None:
