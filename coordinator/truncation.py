@@ -6,7 +6,7 @@ quick    Gram matrices in float32, what is left out proved to be within HAIR of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,14 +101,15 @@ def quick(stack: Stack, rank: int) -> Singular | None:
     if not within_float32(own) or (root := spectrum.cholesky(grams.a, LIFT)) is None:
         return None
     core = spectrum.sandwich(root, grams.b)
-    allowed = a_hair(grams.total, blur=NOISE * max(grams.total, grams.floor))
+    blur = NOISE * max(grams.total, grams.floor)
     noise = OPERATOR_NOISE * max(grams.floor, float(core.norm()))
-    near = spectrum.certified(core, rank, width=rank + spectrum.EXTRA, noise=noise, allowed=allowed)
+    near = spectrum.certified(core, rank, width=rank + spectrum.EXTRA, noise=noise, allowed=a_hair(grams.total, blur))
     if near is None:
         return None
     found = _triplets(stack, grams, root @ near.vectors[:, :rank], near.most)
+    found = replace(found, most=found.most + blur)
     kept = float(found.squares.sum())
-    return found if found.most - kept <= allowed(kept) else None
+    return found if found.most - kept <= a_hair(grams.total)(kept) else None
 
 
 def leading(matrix: Tensor, rank: int, total: float, floor: float) -> spectrum.Leading:
