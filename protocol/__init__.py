@@ -1,3 +1,3 @@
 """What the two machines must agree on, and nothing else: errors, plans, messages, slices."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
