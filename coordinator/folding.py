@@ -19,6 +19,7 @@ from coordinator.sums import Sum
 from coordinator.truncation import Singular
 
 BLOCK = 512  # directions that are multiplied at a time
+CANCELLED = 0.01  # of the terms' own energies: sums that hold less are formed in float64
 ROWS = 64  # that are widened at a time
 ROOM = 300_000_000  # bytes of dense matrices in one process; two workers with 4096 × 4096 each fit
 LARGE = 1 << 28  # multiplications from which a sum is formed in float32
@@ -44,10 +45,16 @@ def folded(w: Sum, rank: int) -> Singular:
             continue
         with _ROOM.taken(_bytes(w.shape, dtype)):
             dense = _formed(w, dtype)
-            if dtype == torch.float64 or truncation.within_float32(torch.tensor([dense.floor])):
+            if dtype == torch.float64 or _well_formed(dense):
                 truncation.finite(dense.floor)
                 return _decomposed(dense, rank)
     raise AssertionError("float64 decides")
+
+
+def _well_formed(dense: _Dense) -> bool:
+    """Whether float32 holds the terms, and they do not cancel so far that its rounding would be seen in what they leave."""
+    length = float(torch.linalg.vector_norm(dense.matrix))
+    return truncation.within_float32(torch.tensor([dense.floor])) and length**2 >= CANCELLED * dense.floor
 
 
 def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """The algebra that strategies share: a sum's best approximation of a rank, and its cut into slices.
 
-While the ranks of a sum's terms add up to less than the matrix's smaller side, the matrix is never formed: what is decided
-is decided on Gram matrices of the stacked factors.
+While the ranks of a sum's terms add up to clearly less than the matrix's smaller side, the matrix is never formed: what is
+decided is decided on Gram matrices of the stacked factors.
 """
 
 from __future__ import annotations

@@ -164,6 +164,17 @@ def test_the_dense_form_in_float32_obeys_the_same_laws() -> None:
         assert_true(folded(w, 8), w, 8, HAIR)
 
 
+def test_large_sums_that_nearly_cancel_are_formed_in_float64() -> None:
+    shape = (520, 512)
+    terms = decaying(shape, [64] * 9, seed=3).terms
+    less = [Term(t.factors, -t.weights() * (1 - 1e-6)) for t in terms]
+    w = Sum(shape, [*terms, *less])
+    assert w.rank * shape[0] * shape[1] >= LARGE
+    found, whole = folded(w, 8), dense(w)
+    assert found.total == pytest.approx(float(whole.square().sum()), rel=1e-6)
+    assert torch.allclose(found.squares.sqrt(), torch.linalg.svdvals(whole)[:8], rtol=1e-3)
+
+
 def test_the_order_of_terms_changes_no_more_than_rounding() -> None:
     w = decaying((300, 280), [16, 32, 64, 32, 16, 64], seed=3)
     one, two = truncate(w, 4), truncate(Sum(w.shape, w.terms[::-1]), 4)
