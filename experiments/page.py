@@ -151,6 +151,7 @@ def _seeds(runs: Sequence[Finished]) -> list[str]:
 
 
 def _origin(runs: Sequence[Finished]) -> str:
-    software = ", ".join(f"{name} {version}" for name, version in runs[0].header.software.items())
+    used = {name: sorted({run.header.software[name] for run in runs}) for name in runs[0].header.software}
+    software = ", ".join(f"{name} {' and '.join(versions)}" for name, versions in used.items())
     machine = ", ".join(sorted({f"{m['cores']} cores of {m['processor']}, {m['system']}" for m in (run.header.machine for run in runs)}))
     return f"Model fingerprint `{runs[0].header.model}`. Made with {software}; on {machine}, one thread."
