@@ -117,7 +117,7 @@ def _decomposed(dense: _Dense, rank: int) -> Singular:
     wide = dense.matrix.shape[0] <= dense.matrix.shape[1]
     side = dense.matrix if wide else dense.matrix.T  # its rows are the smaller side
     width = rank + spectrum.EXTRA
-    found = _followed(side, rank, width) if len(side) >= 4 * width else None
+    found = _followed(side, rank, width) if rank > 0 and len(side) >= 4 * width else None
     left, right, values, total, most = found or _full(side, rank, dense.floor)
     b, a = (left, right) if wide else (right.T, left.T)
     root, square = dense.unit**0.5, dense.unit**2

@@ -122,7 +122,7 @@ def certified(matrix: Tensor, rank: int, *, width: int, noise: float, allowed: A
     the true one; eigenvalues closer together than that are not told apart.
     """
     scale = float(matrix.diagonal().sum())
-    if not scale > 0 or len(matrix) < width:
+    if not (scale > 0 and rank > 0 and width <= len(matrix)):
         return None
     rough = matrix if matrix.dtype == torch.float32 else (matrix / scale).float()
     z = start(len(matrix), width)

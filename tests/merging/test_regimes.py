@@ -164,6 +164,13 @@ def test_the_dense_form_in_float32_obeys_the_same_laws() -> None:
         assert_true(folded(w, 8), w, 8, HAIR)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_nothing_where_nothing_is_wanted(method: str) -> None:
+    w = decaying((230, 190), [8, 16, 32, 16, 8, 32, 24], seed=1)
+    found = written(METHODS[method][0](w, 0), w.rank)
+    assert (found.b.shape, found.a.shape) == ((230, 0), (0, 190))
+
+
 def test_large_sums_that_nearly_cancel_are_formed_in_float64() -> None:
     shape = (520, 512)
     terms = decaying(shape, [64] * 9, seed=3).terms
