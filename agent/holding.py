@@ -97,7 +97,8 @@ class Holder:
         if held.finished and (stopped(error) or isinstance(error, errors.OutdatedAgent)):
             log.warning("job-kept", detail=f"{error.detail}; the finished work stays in the outbox")
             return Step.kept
-        problem = None if type(error) in (errors.HLoRAError, errors.Refusal) else error.slug()
+        # What may pass is no refusal: the job may be this client's again as soon as it is back.
+        problem = None if type(error) in (errors.HLoRAError, errors.Refusal) or may_pass(error) else error.slug()
         log.warning("job-given-back", problem=problem, detail=error.detail)
         try:
             await self.client.give_back(held.job.id, GiveBack(epoch=held.job.lease.epoch, reason=error.detail[:2000], problem=problem))

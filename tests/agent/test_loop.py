@@ -83,6 +83,18 @@ async def test_a_refused_job_is_given_back_with_its_reason(
     assert await last_job(federation, run) == (JobState.released, error.detail)
 
 
+async def test_a_job_that_only_the_network_kept_from_being_done_is_taken_up_again(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation)
+    async with looping(federation, device, refusing(errors.Unavailable("no route")), tmp_path / "first") as loop:
+        assert await loop.step() is Step.given_back
+    async with looping(federation, device, instantly, tmp_path / "second") as loop:
+        federation.advance(1)
+        assert await loop.step() is Step.idle  # the coordinator sees that the client is back
+        federation.advance(1)
+        assert await loop.step() is Step.done
+    assert await last_job(federation, run) == (JobState.submitted, None)
+
+
 async def test_a_defect_gives_the_job_back_without_quoting_it(federation: Federation, tmp_path: Path) -> None:
     device, run = await begin(federation)
     async with looping(federation, device, refusing(KeyError("a secret row")), tmp_path) as loop:
