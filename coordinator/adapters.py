@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from coordinator import aggregation
+from coordinator import aggregation, sizes
 from coordinator.cards import Facts, card
 from coordinator.reading import SliceReader
 from coordinator.readout import Wanted, leading, read_out, singular
@@ -49,14 +49,13 @@ def write(plan: Plan, facts: Facts, adapter: SliceReader, wanted: Wanted, folder
 
 
 def _layout(plan: Plan, header: Header) -> Layout:
-    if plan.layout is None:
-        raise errors.InvalidPlan(f"plan {plan.name!r} has no layout; it was never resolved")
+    layout = sizes.layout(plan)
     shapes = {name: entry.shape for name, entry in header.entries.items()}
-    if header.label.scale != 1.0 or shapes != names(plan.layout, header.label.rank):
+    if header.label.scale != 1.0 or shapes != names(layout, header.label.rank):
         raise errors.MismatchedSlice(
             f"these bytes are not the global adapter of plan {plan.name!r}: other tensors, or a scale that is not 1"
         )
-    return plan.layout
+    return layout
 
 
 def _is_singular(plan: Plan) -> bool:

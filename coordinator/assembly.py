@@ -19,7 +19,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from coordinator import aggregation, rounding
+from coordinator import aggregation, rounding, sizes
 from coordinator.blobs import GROWING, Blobs
 from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
@@ -29,7 +29,7 @@ from protocol.checks import is_finite
 from protocol.contents import Label, head
 from protocol.crash import Point
 from protocol.messages import BlobRef
-from protocol.plan import Dtype, Layout, Plan, Split
+from protocol.plan import Dtype, Plan, Split
 from protocol.slices import TORCH_DTYPES, Factors, numbers
 from protocol.views import Energy
 
@@ -65,13 +65,6 @@ class Merged:
     slices: dict[int, BlobRef]
     starts: dict[int, BlobRef] = field(default_factory=dict)
     energy: dict[str, Energy] = field(default_factory=dict)
-
-
-def layout_of(plan: Plan) -> Layout:
-    """A resolved plan's layout. Raises InvalidPlan for one that is not resolved."""
-    if plan.layout is None:
-        raise errors.InvalidPlan("the plan has no layout; it must be resolved against its base model first")
-    return plan.layout
 
 
 def starts(plan: Plan) -> dict[int, Start]:
@@ -150,7 +143,7 @@ class Assembly:
     def __enter__(self) -> Self:
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix=GROWING)))
         self._writers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="assembly")
-        layout, plan = layout_of(self._plan), self._plan
+        layout, plan = sizes.layout(self._plan), self._plan
         label = Label(rank=plan.global_rank, scale=1.0, round=self._round)
         self._adapter = self._spool(folder / "adapter", head(layout, label, Dtype.float32))
         self._slices = {}

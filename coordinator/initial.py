@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from coordinator import aggregation
-from coordinator.assembly import Assembly, Merged, layout_of, module_piece, tensor_piece
+from coordinator import aggregation, sizes
+from coordinator.assembly import Assembly, Merged, module_piece, tensor_piece
 from coordinator.blobs import Blobs
 from coordinator.fresh import fresh_rows, fresh_tensor
 from protocol.plan import Plan, Sides
@@ -18,7 +18,7 @@ def first_adapter(plan: Plan, blobs: Blobs) -> Merged:
 
     Raises InvalidPlan for a plan that is not resolved.
     """
-    layout = layout_of(plan)
+    layout = sizes.layout(plan)
     energy = Energy(total=0.0, kept=dict.fromkeys(sorted({*plan.ranks.ladder, plan.global_rank}), 1.0), stacked_rank=0)
     with Assembly(plan, round=0) as assembly:
         for module, (n_out, n_in) in layout.modules.items():

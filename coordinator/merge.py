@@ -17,9 +17,9 @@ from functools import cache, partial
 
 import torch
 
-from coordinator import aggregation
+from coordinator import aggregation, sizes
 from coordinator.aggregation import Contribution, Given, ModuleRound
-from coordinator.assembly import Assembly, Merged, Piece, layout_of, module_piece, tensor_piece
+from coordinator.assembly import Assembly, Merged, Piece, module_piece, tensor_piece
 from coordinator.blobs import Blobs
 from coordinator.initial import first_adapter
 from coordinator.lowrank import truncate
@@ -74,7 +74,7 @@ def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
     Raises NoContributions, ZeroWeight or UnmergeableRound for inputs that make no mean; NotFound for a missing blob; what
     reading a damaged slice raises; Unavailable where a worker was lost, and another may do it.
     """
-    layout = layout_of(task.plan)
+    layout = sizes.layout(task.plan)
     ready = replace(task, plan=task.plan.model_copy(update={"layout": None}), inputs=_shares(task.inputs))
     calls: list[_Call] = [(merge_module, ModuleTask(ready, name, shape)) for name, shape in layout.modules.items()]
     calls += [(merge_tensor, ModuleTask(ready, name, shape)) for name, shape in layout.full.items()]
