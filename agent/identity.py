@@ -44,13 +44,13 @@ def load(home: Path) -> Identity:
 
 def key(home: Path, url: str, name: str) -> str:
     """The credential with which this home asks to become that client: the same however often it asks, for an answer may be lost."""
-    asked = _Asked(url=url, name=name, key=f"hlc_{secrets.token_urlsafe(32)}")
     try:
         before = _Asked.model_validate_json((home / ASKED).read_bytes())
         if (before.url, before.name) == (url, name):
             return before.key
     except (OSError, ValidationError):
         pass  # nobody asked, or nothing of it is left
+    asked = _Asked(url=url, name=name, key=f"hlc_{secrets.token_urlsafe(32)}")
     _write(home / ASKED, asked)
     return asked.key
 
