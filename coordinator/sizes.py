@@ -14,7 +14,7 @@ ENTRY_BYTES = 128  # of one tensor in a slice's header, beside its name
 def layout(plan: Plan) -> Layout:
     """The plan's layout. Raises InvalidPlan if the plan was never resolved."""
     if plan.layout is None:
-        raise errors.InvalidPlan(f"plan {plan.name!r} has no layout; resolve it first")
+        raise errors.InvalidPlan(f"plan {plan.name!r} has no layout: it was never resolved; resolve it against its base model first")
     return plan.layout
 
 
