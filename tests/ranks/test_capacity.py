@@ -164,7 +164,7 @@ def test_an_accepted_job_proves_that_the_smallest_rank_fits() -> None:
 
 
 def test_a_plan_without_layout_must_be_resolved_first() -> None:
-    with pytest.raises(errors.InvalidPlan, match="resolve it first"):
+    with pytest.raises(errors.InvalidPlan, match="resolve it against its base model first"):
         ranks.fits(make_plan().model_copy(update={"layout": None}), make_candidate())
 
 
