@@ -56,7 +56,7 @@ def run(
         results = Results(out)
         results.describe(file)
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), range(seeds or experiment.seeds))
+        Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), experiment.numbers(seeds))
         _show(out)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from admin import words
-from experiments import course, fleet, material
+from experiments import course, fleet, material, tuning
 from experiments.course import Setup, Told
 from experiments.experiment import Contestant, Experiment
 from experiments.material import Places
@@ -45,12 +45,20 @@ class Bench:
     places: Places
     results: Results
     console: Console
+    began: float = field(default_factory=monotonic)
 
     def run(self, contestants: Sequence[Contestant], seeds: Sequence[int]) -> bool:
-        """Do what is not done yet, seed by seed; says whether all is done. Every plan is checked before the first run.
+        """Do what is not done yet, first the tuning, then seed by seed; says whether all is done.
 
-        Raises what plans, models and data are refused for, and Conflict where results of other settings are in the way.
+        Every plan is checked before the first run. Raises what plans, models and data are refused for, and Conflict where results
+        of other settings are in the way.
         """
+        if self.experiment.tuning is not None:
+            short = replace(self, experiment=tuning.shorter(self.experiment), results=Results(self.results.folder / tuning.FOLDER))
+            tried = [short.experiment.contestant(name) for contestant in contestants for name in tuning.names(self.experiment, contestant)]
+            if not short.run(tried, [0]):
+                return False
+            contestants = [tuning.frozen(self.experiment, contestant, short.results.all()) for contestant in contestants]
         setups = {seed: self._setup(seed) for seed in seeds}
         waiting = [(setups[seed], contestant) for seed in seeds for contestant in contestants if not self._found(contestant, seed)]
         lengths = [sum(plan.rounds + 1 for _, plan in course.plans(setup, contestant)) for setup, contestant in waiting]
@@ -83,7 +91,7 @@ class Bench:
 
     def _too_late(self, pace: Pace, rounds: int) -> bool:
         budget, needed = self.experiment.budget_minutes, pace.remaining(rounds)
-        return budget is not None and needed is not None and monotonic() - pace.began + needed > 60 * budget
+        return budget is not None and needed is not None and monotonic() - self.began + needed > 60 * budget
 
     @contextmanager
     def _following(self, pace: Pace) -> Iterator[Told]:

@@ -81,6 +81,13 @@ class Measures(Strict):
     batch_size: int = Field(default=32, ge=1)
 
 
+class Tuning(Strict):
+    """How each contestant is tuned on its own: of these settings it keeps those with which a short run with seed 0 ended best."""
+
+    rounds: int = Field(ge=1, description="of the short runs")
+    tries: list[Settings] = Field(min_length=2, max_length=50, description="each laid over the contestant's plan")
+
+
 class Experiment(Strict):
     """A question, and all that its answer depends on."""
 
@@ -96,7 +103,8 @@ class Experiment(Strict):
     disturbances: Disturbances = Disturbances()
     plan: Settings = Field(description="of the plan, what all contestants have in common; `rounds` and `cohort` among it")
     measures: Measures = Measures()
-    seeds: int = Field(default=5, ge=1, le=1000, description="how many; the first is 0")
+    tuning: Tuning | None = None
+    seeds: int = Field(default=5, ge=1, le=1000, description="how many; the first is 0, or 1 where 0 is what was tuned with")
     budget_minutes: float | None = Field(default=None, gt=0, description="no run is begun that would end later, at the pace so far")
     contestants: list[Contestant] = Field(min_length=1)
     reference: str = Field(description="the contestant with which all are compared, seed by seed")
@@ -127,12 +135,17 @@ class Experiment(Strict):
         """The ladder: the ranks of all classes, rising."""
         return sorted({kind.rank for kind in self.classes})
 
+    def numbers(self, count: int | None = None) -> range:
+        """The seeds, or so many of them."""
+        first = 0 if self.tuning is None else 1
+        return range(first, first + (count or self.seeds))
+
     def digest(self, contestant: Contestant) -> str:
         """Names everything that the file says of the contestant's runs, but the seed.
 
         What it leaves to defaults is not named, so that a new option of plans voids no results.
         """
-        asked = {"name", "question", "not_shown", "seeds", "budget_minutes", "contestants", "reference", "targets"}
+        asked = {"name", "question", "not_shown", "tuning", "seeds", "budget_minutes", "contestants", "reference", "targets"}
         told = [
             self.model_dump(mode="json", exclude=asked, exclude_unset=True),
             contestant.model_dump(mode="json", exclude={"name"}, exclude_unset=True),

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import curves
+from experiments import curves, tuning
 from experiments.experiment import Contestant, Experiment
 from experiments.records import FILE, Finished
-from experiments.report import opened
-from experiments.tables import tables
+from experiments.report import opened, tuned
+from experiments.tables import settings, tables
 from protocol import errors
 
 PAGE, STORED, IMAGES = "evidence.md", "evidence", "images"
@@ -26,8 +26,9 @@ def publish(results: Sequence[Path], docs: Path) -> Path:
         experiment, _ = opened(folder)
         stored = docs / STORED / experiment.name
         shutil.rmtree(stored, ignore_errors=True)
-        for part in ("runs", "partitions"):
-            shutil.copytree(folder / part, stored / part, ignore=shutil.ignore_patterns("*.part"))
+        for part in ("runs", "partitions", tuning.FOLDER):
+            if (folder / part).is_dir():
+                shutil.copytree(folder / part, stored / part, ignore=shutil.ignore_patterns("*.part"))
         shutil.copyfile(folder / FILE, stored / FILE)
     if not (docs / STORED).is_dir():
         raise errors.InvalidRequest(f"no results are stored in {docs / STORED}; name a folder of results")
@@ -42,7 +43,7 @@ def publish(results: Sequence[Path], docs: Path) -> Path:
 
 def page(docs: Path) -> str:
     """The page's text. Raises InvalidRequest where nothing is stored."""
-    found = [opened(folder) for folder in sorted((docs / STORED).iterdir())]
+    found = [_experiment(*opened(folder), tuned(folder)) for folder in sorted((docs / STORED).iterdir())]
     return f"""{WRITTEN}
 # Evidence
 
@@ -51,10 +52,11 @@ application in one process ([`simulation`](concepts.md)), by `python -m experime
 this page. An experiment is a TOML file: what it says is what was done. Contestants differ in nothing but what is listed for them; with
 the same seed they share rows, machines and draws of clients, so that differences are taken seed by seed.
 
-{chr(10).join(_experiment(experiment, runs) for experiment, runs in found)}"""
+{chr(10).join(found)}"""
 
 
-def _experiment(experiment: Experiment, runs: Sequence[Finished]) -> str:
+def _experiment(experiment: Experiment, runs: Sequence[Finished], trials: Sequence[Finished]) -> str:
+    there = [c for c in experiment.contestants if any(run.header.contestant == c.name for run in runs)]
     limits = "\n".join(f"- {sentence}" for sentence in [*experiment.not_shown, *_seeds(runs)])
     return f"""## {experiment.name}
 
@@ -64,11 +66,11 @@ def _experiment(experiment: Experiment, runs: Sequence[Finished]) -> str:
 
 | contestant | who takes part | what differs in its plan |
 |---|---|---|
-{chr(10).join(_contestant(c) for c in experiment.contestants if any(run.header.contestant == c.name for run in runs))}
+{chr(10).join(_contestant(tuning.frozen(experiment, c, trials)) for c in there)}
 
 ![Curves of all contestants](images/evidence-{experiment.name}.png)
 
-{chr(10).join(table.markdown() for table in tables(experiment, runs))}
+{chr(10).join(table.markdown() for table in tables(experiment, runs, trials))}
 **What is not shown.**
 
 {limits}
@@ -102,7 +104,7 @@ def _protocol(experiment: Experiment) -> str:
         f"Model `{experiment.model}`, task {experiment.task.kind}. {partition.clients} clients, {rows}{mix}; classes of devices {parts}: "
         f"{classes}. {target} clients a round, {experiment.plan.get('rounds')} rounds.{trouble}{slow} After every "
         f"{_nth(measures.every)} round the global adapter is read out and measured on rows that nobody trains on ({held_out}), by the code "
-        f"that agents measure with. The plan, as far as contestants share it: `{_settings(experiment.plan)}`."
+        f"that agents measure with. The plan, as far as contestants share it: `{settings(experiment.plan)}`."
     )
 
 
@@ -118,24 +120,7 @@ def _contestant(contestant: Contestant) -> str:
             who = f"{contestant.clients or 'all'} clients that never meet"
         case _:
             who = "all clients, each at its class's rank" if contestant.rank is None else f"all clients, at rank {contestant.rank}"
-    return f"| {contestant.name} | {who} | `{_settings(contestant.plan)}` |"
-
-
-def _settings(value: object) -> str:
-    """Settings as TOML writes them in a line."""
-    match value:
-        case bool():
-            return str(value).lower()
-        case dict():
-            return ", ".join(
-                f"{key} = {{ {_settings(x)} }}" if isinstance(x, dict) else f"{key} = {_settings(x)}" for key, x in value.items()
-            )
-        case list():
-            return f"[{', '.join(map(_settings, value))}]"
-        case str():
-            return f'"{value}"'
-        case _:
-            return str(value)
+    return f"| {contestant.name} | {who} | `{settings(contestant.plan)}` |"
 
 
 def _seeds(runs: Sequence[Finished]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 
-from experiments import curves
+from experiments import curves, tuning
 from experiments.experiment import Experiment, read
 from experiments.records import FILE, Finished, Results
 from experiments.tables import Table, tables
@@ -24,10 +24,15 @@ def opened(folder: Path) -> tuple[Experiment, list[Finished]]:
     return experiment, runs
 
 
+def tuned(folder: Path) -> list[Finished]:
+    """The short runs with which the contestants were tuned; none where they were not."""
+    return Results(folder / tuning.FOLDER).all()
+
+
 def written(folder: Path) -> RenderableType:
     """The tables; they are in report.md, too, beside curves.png and curves.svg. Raises InvalidRequest where there are no results."""
     experiment, runs = opened(folder)
-    found = tables(experiment, runs)
+    found = tables(experiment, runs, tuned(folder))
     curves.draw(experiment, runs, folder)
     text = "\n".join(table.markdown() for table in found)
     (folder / "report.md").write_text(f"# {experiment.name}\n\n{experiment.question}\n\n![Curves](curves.svg)\n\n{text}", "utf-8")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from admin import words
-from experiments.experiment import Experiment
+from experiments import tuning
+from experiments.experiment import Contestant, Experiment
 from experiments.intervals import Interval, difference, interval
 from experiments.records import Finished
 from experiments.summary import BySeed, Line, better, lines
@@ -30,10 +31,12 @@ class Table:
         return f"### {self.title}\n\n{self.reading}\n\n{body}\n"
 
 
-def tables(experiment: Experiment, runs: Sequence[Finished]) -> list[Table]:
-    """All tables. There is at least one run."""
+def tables(experiment: Experiment, runs: Sequence[Finished], tuned: Sequence[Finished] = ()) -> list[Table]:
+    """All tables. There is at least one run; `tuned` are those with which the contestants were tuned."""
     found = lines(experiment, runs)
     made = [_final(experiment, found), _speed(experiment, found), _rungs(experiment, found), _classes(experiment, found), _costs(found)]
+    if experiment.tuning is not None:
+        made.append(_tuning(experiment, [experiment.contestant(line.name) for line in found], tuned))
     return [table for table in made if len(table.columns) > 1]  # no target has run yet, perhaps
 
 
@@ -113,6 +116,23 @@ def _costs(found: Sequence[Line]) -> Table:
     )
 
 
+def _tuning(experiment: Experiment, contestants: Sequence[Contestant], tuned: Sequence[Finished]) -> Table:
+    assert experiment.tuning is not None, "only an experiment with a tuning has this table"
+    rows = []
+    for contestant in contestants:
+        tried = tuning.trials(experiment, contestant, tuned)
+        chosen = tuning.best(experiment, tried)
+        values = [NONE if trial.value is None else f"{trial.value:.3f}" for trial in tried]
+        rows.append([contestant.name, *(f"**{v}**" if trial is chosen else v for v, trial in zip(values, tried, strict=True))])
+    return Table(
+        "What each was tuned to",
+        f"The last {experiment.measures.metric} of runs of {experiment.tuning.rounds} rounds with seed 0, which no other run has. The "
+        "settings that came out best for a contestant, in bold, are its own in all other tables.",
+        ["contestant", *(settings(tried) for tried in experiment.tuning.tries)],
+        rows,
+    )
+
+
 def _line(found: Sequence[Line], name: str) -> Line | None:
     return next((line for line in found if line.name == name), None)
 
@@ -139,3 +159,20 @@ def _reached(values: Mapping[int, float | None], form: Callable[[float], str]) -
         return NONE if not values else "never"
     some = "" if len(there) == len(values) else f" ({len(there)} of {len(values)})"
     return form(interval(there).mean) + some
+
+
+def settings(value: object) -> str:
+    """Settings as TOML writes them in a line."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case dict():
+            return ", ".join(
+                f"{key} = {{ {settings(x)} }}" if isinstance(x, dict) else f"{key} = {settings(x)}" for key, x in value.items()
+            )
+        case list():
+            return f"[{', '.join(map(settings, value))}]"
+        case str():
+            return f'"{value}"'
+        case _:
+            return str(value)

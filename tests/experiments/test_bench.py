@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from experiments import tuning
 from experiments.__main__ import app
 from experiments.bench import Bench
 from experiments.experiment import FOLDER, Experiment, read, some
 from experiments.material import Places
 from experiments.records import Finished, Results, RoundRecord
-from experiments.report import opened
+from experiments.report import opened, tuned
 from experiments.tables import tables
 from experiments.timing import timed
 from protocol import errors
@@ -178,6 +179,34 @@ def test_a_budget_ends_the_work_before_it_is_exceeded_and_the_rest_is_done_later
     assert not Bench(given, places, Results(tmp_path), told).run(given.contestants, range(1))
     assert len(Results(tmp_path).all()) == 1
     assert "goes on from here" in told.export_text()
+
+
+def test_each_contestant_is_tuned_with_a_seed_of_its_own_and_then_keeps_its_settings(places: Places, tmp_path: Path) -> None:
+    tries = [{"training": {"learning_rate": rate}} for rate in (1e-7, 2e-2)]
+    given = experiment(tuning={"rounds": 1, "tries": tries}, seeds=1)
+    assert Bench(given, places, Results(tmp_path), SILENT).run(given.contestants, given.numbers())
+    tried, runs = tuned(tmp_path), Results(tmp_path).all()
+    assert {run.header.seed for run in tried} == {0}
+    assert {run.header.seed for run in runs} == {1}
+    assert {len(run.rounds) for run in tried} == {2}  # the untrained adapter, and one round
+    for contestant in given.contestants:
+        own = tuning.trials(given, contestant, tried)
+        assert [trial.settings for trial in own] == tries
+        chosen = tuning.frozen(given, contestant, tried)
+        assert chosen.plan["training"] == min(own, key=lambda trial: trial.value or 0.0).settings["training"]
+        assert Results(tmp_path).find(chosen, 1, given.digest(chosen)) is not None
+    last = tables(given, runs, tried)[-1]
+    assert last.columns[1:] == ["training = { learning_rate = 1e-07 }", "training = { learning_rate = 0.02 }"]
+    assert all(sum(cell.startswith("**") for cell in row) == 1 for row in last.rows)
+
+
+def test_nothing_is_frozen_before_everything_was_tried(places: Places, tmp_path: Path) -> None:
+    tries = [{"training": {"learning_rate": rate}} for rate in (1e-2, 2e-2)]
+    given = experiment(tuning={"rounds": 1, "tries": tries}, budget_minutes=1e-6)
+    assert not Bench(given, places, Results(tmp_path), SILENT).run(given.contestants, given.numbers())
+    assert len(tuned(tmp_path)) == 1
+    assert Results(tmp_path).all() == []
+    assert tuning.frozen(given, given.contestants[0], tuned(tmp_path)) == given.contestants[0]
 
 
 def test_whatever_is_missing_is_named(places: Places, tmp_path: Path) -> None:
