@@ -15,7 +15,7 @@ from admin import words
 from admin.command import AsJson, answer, facts, group, table
 from protocol import errors
 from protocol.contents import body_length
-from protocol.plan import Plan
+from protocol.plan import Head, Plan
 
 app = group("Look at plans before they run.")
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan as TOML, or as JSON if its name ends with .json")]
@@ -91,23 +91,28 @@ def _summary(plan: Plan) -> RenderableType:
             ("fingerprint", plan.model.fingerprint or ""),
             ("task", plan.task.kind),
             ("adapted", f"{len(layout.modules)} modules: {', '.join(kinds)}"),
-            ("trained in full", ", ".join(layout.full)),
+            (_full_words(plan), ", ".join(layout.full)),
             ("strategy", plan.strategy.name),
             ("rank policy", plan.ranks.name),
         ]
     )
 
 
+def _full_words(plan: Plan) -> str:
+    return "trained in full" if plan.adapter.head is Head.trained else "frozen as made"
+
+
 def _costs(plan: Plan) -> RenderableType:
     layout = plan.layout
     assert layout is not None
+    trained = plan.adapter.trained(layout)
     columns = ("rank", "trained numbers", "slice", "trained slice", "scale")
     rows = [
         (
             str(rank),
-            f"{layout.numbers(rank):,}",
+            f"{trained.numbers(rank):,}",
             words.size(body_length(layout, rank, plan.wire)),
-            words.size(body_length(layout, rank, plan.upload)),
+            words.size(body_length(trained, rank, plan.upload)),
             f"{plan.adapter.scale(rank):g}",
         )
         for rank in plan.ranks.ladder

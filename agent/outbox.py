@@ -133,7 +133,7 @@ def _write(file: Path, slice: Slice, start: Slice, job: Job) -> BlobRef:
     """Write a slice tensor by tensor; gives its name."""
     seen, count = hashlib.sha256(), 0
     with durable.writing(file) as stream:
-        for part in trained_parts(slice, start, job.layout, job.upload, directions=job.directions, sides=job.sides):
+        for part in trained_parts(slice, start, job.trained, job.upload, directions=job.directions, sides=job.sides):
             seen.update(part)
             count += stream.write(part)
     return BlobRef(digest=f"sha256:{seen.hexdigest()}", bytes=count)

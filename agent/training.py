@@ -117,7 +117,7 @@ class Trainer:
             clocked = Clocked(tell, self.clock, place)
             machine.forget_peak(place)
             devices = [found.device] if found.device.type == "cuda" else []
-            lent = adapters.adapted(found, start, job.layout, job.adapter.dropout, job.directions, job.sides)
+            lent = adapters.adapted(found, start, job.layout, job.adapter.dropout, job.directions, job.sides, job.adapter.head)
             with lent as adapted, torch.random.fork_rng(devices):
                 torch.manual_seed(job.seed)
                 work = self._train if job.kind is JobKind.train else self._evaluate
@@ -127,7 +127,7 @@ class Trainer:
         """Raises MemoryRefusal where not even the numbers fit: the model's, the slice's, and gradient and AdamW of what is trained."""
         offered = self.policy.offered(machine.memory_bytes(place))
         weights = (4 if job.training.precision == "float32" else 2) * job.layout.base.parameters
-        learned = job.layout.numbers(job.rank, job.sides) if job.kind is JobKind.train else 0
+        learned = job.trained.numbers(job.rank, job.sides) if job.kind is JobKind.train else 0
         if (needed := weights + 4 * (job.layout.numbers(start.label.rank) + 3 * learned)) > offered:
             raise errors.MemoryRefusal(
                 f"{job.model.id} takes {weights} bytes, with rank {start.label.rank} and what training needs at least {needed}; "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.readout import ReadOut
-from protocol.plan import CausalLM, Plan, SequenceClassification
+from protocol.plan import CausalLM, Head, Plan, SequenceClassification
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,15 @@ def _origin(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
 | clients' ranks | {", ".join(map(str, plan.ranks.ladder))}, given by the policy `{plan.ranks.name}` |
 | strategy | `{plan.strategy.name}` |
 | rank of the global adapter | {plan.global_rank} |
-| this folder | {_mean(found)}; {size:,} bytes of numbers |
+{_head(plan)}| this folder | {_mean(found)}; {size:,} bytes of numbers |
 | left out of the global adapter | {f"{100 * found.left_out:.3g} % of its energy ‖ΔW‖²" if found.left_out else "nothing"} |
 | base model's fingerprint | `{plan.model.fingerprint}` |
 | plan | `{plan.digest()}` |"""
+
+
+def _head(plan: Plan) -> str:
+    frozen = [] if plan.layout is None or plan.adapter.head is Head.trained else plan.layout.full
+    return f"| never trained | {', '.join(frozen)}: as they were first made |\n" if frozen else ""
 
 
 def _measured(facts: Facts) -> str:

@@ -20,7 +20,7 @@ def fresh_rows(rank: int, n_in: int, *, seed: int, round: int, module: str) -> T
 
 
 def fresh_tensor(name: str, shape: Sequence[int], *, seed: int) -> Tensor:
-    """A fully trained tensor before the first round, float32: biases zero, other vectors one, the rest normal (0, 0.02)."""
+    """A tensor kept whole, before the first round, float32: biases zero, other vectors one, the rest normal (0, 0.02)."""
     if name.endswith("bias"):
         return torch.zeros(*shape)
     if len(shape) == 1:

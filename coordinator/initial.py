@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from coordinator import aggregation, sizes
 from coordinator.assembly import Assembly, Merged, module_piece, tensor_piece
 from coordinator.blobs import Blobs
 from coordinator.fresh import fresh_rows, fresh_tensor
-from protocol.plan import Plan, Sides
+from protocol.plan import Head, Plan, Sides
 from protocol.slices import TORCH_DTYPES, Factors
 from protocol.views import Energy
 
 
 def first_adapter(plan: Plan, blobs: Blobs) -> Merged:
-    """Publish W = 0: every slice has fresh rows in a and zero in b; fully trained tensors are fresh.
+    """Publish W = 0: every slice has fresh rows in a and zero in b; tensors kept whole are fresh.
 
     Raises InvalidPlan for a plan that is not resolved.
     """
@@ -25,8 +28,14 @@ def first_adapter(plan: Plan, blobs: Blobs) -> Merged:
             nothing = Factors(b=torch.zeros(n_out, plan.global_rank), a=torch.zeros(plan.global_rank, n_in))
             assembly.add(module, module_piece(plan, 0, module, _begun(plan, module, nothing), nothing, energy))
         for name, shape in layout.full.items():
-            assembly.add(name, tensor_piece(plan, name, fresh_tensor(name, shape, seed=plan.seed)))
+            assembly.add(name, tensor_piece(plan, name, _made(plan, name, shape)))
         return assembly.publish(blobs)
+
+
+def _made(plan: Plan, name: str, shape: Sequence[int]) -> Tensor:
+    """A full tensor before the first round; one that stays so for ever is as exact as it travels."""
+    made = fresh_tensor(name, shape, seed=plan.seed)
+    return made if plan.adapter.head is Head.trained else made.to(TORCH_DTYPES[plan.wire]).float()
 
 
 def _begun(plan: Plan, module: str, nothing: Factors) -> Factors:

@@ -171,7 +171,7 @@ def upload(session: Session, holder: Holder) -> Upload:
     plan = known_plan(session, job)
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
     expected = Expected(
-        layout=plan.layout,
+        layout=plan.adapter.trained(plan.layout),
         rank=job.rank,
         scale=plan.adapter.scale(job.rank),
         dtype=plan.upload,
@@ -204,9 +204,9 @@ class _Kind:
 def _lengths(kind: _Kind) -> tuple[int, int]:
     plan = kind.plan
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
-    sides = aggregation.load(plan.strategy.name).sides
-    largest = largest_length(plan.layout, kind.rank, plan.upload, sides)
-    return largest, largest - body_length(plan.layout, kind.rank, plan.upload, sides)
+    layout, sides = plan.adapter.trained(plan.layout), aggregation.load(plan.strategy.name).sides
+    largest = largest_length(layout, kind.rank, plan.upload, sides)
+    return largest, largest - body_length(layout, kind.rank, plan.upload, sides)
 
 
 def reject(

@@ -26,7 +26,7 @@ from coordinator.lowrank import truncate
 from coordinator.reading import SliceReader, StoredFactors, TrainedFactors, ahead, learn, open_slice
 from coordinator.sums import Stored
 from protocol import errors
-from protocol.plan import Plan
+from protocol.plan import Head, Plan
 from protocol.slices import TORCH_DTYPES, Factors
 from protocol.views import Energy
 
@@ -61,7 +61,7 @@ class RoundTask:
 
 @dataclass(frozen=True)
 class ModuleTask:
-    """One module, or one fully trained tensor, of a round."""
+    """One module, or one tensor kept whole, of a round."""
 
     round: RoundTask  # its plan without the layout, its inputs in order, their weights summing to one
     name: str
@@ -77,7 +77,8 @@ def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
     layout = sizes.layout(task.plan)
     ready = replace(task, plan=task.plan.model_copy(update={"layout": None}), inputs=_shares(task.inputs))
     calls: list[_Call] = [(merge_module, ModuleTask(ready, name, shape)) for name, shape in layout.modules.items()]
-    calls += [(merge_tensor, ModuleTask(ready, name, shape)) for name, shape in layout.full.items()]
+    tensor = merge_tensor if task.plan.adapter.head is Head.trained else keep_tensor
+    calls += [(tensor, ModuleTask(ready, name, shape)) for name, shape in layout.full.items()]
     with Assembly(task.plan, task.round) as assembly:
         for (_, part), piece in zip(calls, _in_order(executor, calls), strict=True):
             assembly.add(part.name, piece)
@@ -121,6 +122,11 @@ def merge_tensor(task: ModuleTask) -> Piece:
             newest = open_slice(blobs, task.round.previous).full(task.name).to(TORCH_DTYPES[plan.wire])
             mean.add_(newest.double() - base.full(task.name).double(), alpha=input.weight)
     return tensor_piece(plan, task.name, mean)
+
+
+def keep_tensor(task: ModuleTask) -> Piece:
+    """One tensor that nobody trains, as it was."""
+    return tensor_piece(task.round.plan, task.name, open_slice(Blobs.open(task.round.store), task.round.previous).full(task.name))
 
 
 def _trained(blobs: Blobs, task: ModuleTask) -> list[TrainedFactors]:

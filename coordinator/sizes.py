@@ -35,21 +35,21 @@ def held_numbers(plan: Plan, rank: int) -> int:
 
 def trained_numbers(plan: Plan, rank: int) -> int:
     """The numbers that a client of that rank trains and sends back."""
-    return layout(plan).numbers(rank, strategy(plan).sides)
+    return plan.adapter.trained(layout(plan)).numbers(rank, strategy(plan).sides)
 
 
 def start_bytes(plan: Plan, rank: int) -> int:
     """About how long the file is that a client of that rank starts from, rather too long than too short."""
-    return _file_bytes(plan, held(plan, rank), plan.wire, Sides.both)
+    return _file_bytes(layout(plan), held(plan, rank), plan.wire, Sides.both)
 
 
 def upload_bytes(plan: Plan, rank: int) -> int:
     """About how long the file of a trained slice is, rather too long than too short."""
-    return _file_bytes(plan, rank, plan.upload, strategy(plan).sides)
+    return _file_bytes(plan.adapter.trained(layout(plan)), rank, plan.upload, strategy(plan).sides)
 
 
-def _file_bytes(plan: Plan, rank: int, dtype: Dtype, sides: Sides) -> int:
+def _file_bytes(shapes: Layout, rank: int, dtype: Dtype, sides: Sides) -> int:
     """Computed from counts and not from a header that is written out: a large fleet asks for it many times a round."""
-    shapes, entries = layout(plan), 2 if dtype is Dtype.int8 else 1  # a tensor and its scales
+    entries = 2 if dtype is Dtype.int8 else 1  # a tensor and its scales
     header = sum(2 * (len(name) + ENTRY_BYTES) for name in shapes.modules) + sum(len(name) + ENTRY_BYTES for name in shapes.full)
     return body_length(shapes, rank, dtype, sides) + entries * header

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modelling.base import Base, whole_modules
 from protocol import errors
-from protocol.plan import Layout, Sides
+from protocol.plan import Head, Layout, Sides
 from protocol.slices import Factors, Slice
 
 TRAINED, FROZEN = "default", "frozen"  # peft's names for the two adapters
@@ -34,7 +34,7 @@ class Adapted:
     """A base model with a slice in it, ready to train or to measure."""
 
     model: PreTrainedModel
-    layout: Layout
+    layout: Layout  # of what is trained
 
     def trained(self) -> list[nn.Parameter]:
         """All parameters that are trained, in a fixed order."""
@@ -56,11 +56,18 @@ def _numbers(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def adapted(
-    base: Base, slice: Slice, layout: Layout, dropout: float, directions: Sequence[int] | None = None, sides: Sides = Sides.both
+    base: Base,
+    slice: Slice,
+    layout: Layout,
+    dropout: float,
+    directions: Sequence[int] | None = None,
+    sides: Sides = Sides.both,
+    head: Head = Head.trained,
 ) -> Iterator[Adapted]:
     """Lend the base model with the slice in it, to one borrower of the process at a time; afterwards it is as it was.
 
-    Trained are the slice's directions at these positions, in this order, or all of them, and of those b alone if `sides` says so.
+    Trained are the slice's directions at these positions, in this order, or all of them, and of those b alone if `sides` says so;
+    and its full tensors, unless the head is frozen.
     Dropout is for what is trained: the frozen directions are part of the model that was handed out, as the base is.
     Raises ModelRefusal if the slice does not fit the model.
     """
@@ -76,8 +83,8 @@ def adapted(
                 for adapter, factors in _divided(slice.factors[name], directions).items():
                     _put_factors(layer, adapter, name, factors, device, sides)
                     layer.scaling[adapter] = slice.label.scale  # and not alpha / r, which need not be the same number
-            _put_full(base.model, heads, slice.full, device)
-            yield Adapted(base.model, layout)
+            _put_full(base.model, heads, slice.full, device, head)
+            yield Adapted(base.model, layout if head is Head.trained else layout.factors_alone)
         finally:
             base.model.eval()
             for name, module in kept.items():
@@ -144,9 +151,9 @@ def _take_factors(layer: LoraLayer) -> None:
         linear.weight = None
 
 
-def _put_full(model: nn.Module, heads: list[str], full: Mapping[str, Tensor], device: torch.device) -> None:
-    for head in heads:
-        model.set_submodule(head, copy.deepcopy(model.get_submodule(head)).float().requires_grad_(True))
+def _put_full(model: nn.Module, heads: list[str], full: Mapping[str, Tensor], device: torch.device, head: Head) -> None:
+    for name in heads:
+        model.set_submodule(name, copy.deepcopy(model.get_submodule(name)).float().requires_grad_(head is Head.trained))
     for name, tensor in full.items():
         parameter = model.get_parameter(name)
         if parameter.shape != tensor.shape:

@@ -54,7 +54,7 @@ def _check_length(plan: Plan, skeleton: base.Base) -> None:
 
 
 def _full(skeleton: base.Base, wanted: list[str] | None) -> list[str]:
-    """Modules to train in full: those that are wanted, or else the largest ones of which the checkpoint has nothing."""
+    """Modules to keep whole: those that are wanted, or else the largest ones of which the checkpoint has nothing."""
     fresh = skeleton.fresh
     heads = whole_modules(skeleton.model, fresh)
     if wanted is not None:
@@ -62,8 +62,8 @@ def _full(skeleton: base.Base, wanted: list[str] | None) -> list[str]:
     parameters = [name for name, _ in skeleton.model.named_parameters()]
     if pretrained := [name for name in parameters if inside(name, heads) and name not in fresh]:
         raise errors.InvalidPlan(
-            f"adapter.full names {pretrained[0]}, whose values are in the checkpoint; only what is freshly made can be trained "
-            "in full, because the coordinator makes its first values: adapt the rest by adapter.modules",
+            f"adapter.full names {pretrained[0]}, whose values are in the checkpoint; only what is freshly made can be kept "
+            "whole, because the coordinator makes its first values: adapt the rest by adapter.modules",
             tensors=pretrained[:10],
         )
     if untrained := sorted(name for name in parameters if name in fresh and not inside(name, heads)):

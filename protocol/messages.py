@@ -189,6 +189,11 @@ class Job(Strict):
         """How the numbers of the trained slice travel."""
         return self.uploads or self.wire
 
+    @property
+    def trained(self) -> Layout:
+        """What of the layout is trained, and comes back."""
+        return self.adapter.trained(self.layout)
+
 
 class ClientSelf(Strict):
     """What a client may know of itself."""

@@ -110,11 +110,23 @@ class Split(StrEnum):
     right = "right"
 
 
+class Head(StrEnum):
+    """What becomes of tensors that are no factors: those of a freshly made head."""
+
+    trained = "trained"  # by every client, and averaged
+    frozen = "frozen"  # handed out and read out as they were first made; nobody sends them back
+
+
 class Adapter(Strict):
     """What is adapted, and by which conventions."""
 
     modules: list[str] | Literal["all-linear"] = Field(description="name endings of the linear modules to adapt, or all-linear")
-    full: list[str] | None = Field(default=None, description="modules trained in full; by default the task's freshly made head")
+    full: list[str] | None = Field(
+        default=None, description="modules kept whole, and not as factors; by default the task's freshly made head"
+    )
+    head: Head = Field(
+        default=Head.trained, description="these are trained by all and averaged, or stay frozen at first values that the seed decides"
+    )
     alpha: float = Field(default=2.0, gt=0, le=1e4)
     scaling: Scaling = Field(default=Scaling.constant, description="scale = alpha (constant), alpha / rank, or alpha / √rank (root)")
     split: Split = Field(default=Split.balanced, description="b = U√S, a = √S Vᵀ (balanced); b = US, a = Vᵀ (left); b = U, a = SVᵀ (right)")
@@ -130,6 +142,10 @@ class Adapter(Strict):
             case Scaling.root:
                 return self.alpha / math.sqrt(rank)
 
+    def trained(self, layout: Layout) -> Layout:
+        """What of a layout clients train and send back."""
+        return layout if self.head is Head.trained else layout.factors_alone
+
 
 class BaseFacts(Strict):
     """Sizes of the base model from which memory and time are estimated."""
@@ -144,7 +160,7 @@ class Layout(Strict):
     """Names and shapes of all that a slice holds."""
 
     modules: dict[str, tuple[int, int]] = Field(min_length=1, max_length=20_000, description="adapted module → (n_out, n_in)")
-    full: dict[str, tuple[int, ...]] = Field(default={}, max_length=1_000, description="fully trained tensor → shape")
+    full: dict[str, tuple[int, ...]] = Field(default={}, max_length=1_000, description="tensor kept whole → shape")
     base: BaseFacts
 
     @field_validator("modules", "full")
@@ -165,6 +181,11 @@ class Layout(Strict):
         """How many numbers a slice of this rank holds: Σ rank (n_out + n_in), without n_in for b alone, and the full tensors."""
         n_out, n_in, full = self.sums
         return rank * (n_out + (n_in if sides is Sides.both else 0)) + full
+
+    @cached_property
+    def factors_alone(self) -> Layout:
+        """The same without the full tensors."""
+        return Layout(modules=self.modules, base=self.base)
 
     @cached_property  # a large fleet asks for numbers many times a round
     def sums(self) -> tuple[int, int, int]:

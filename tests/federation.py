@@ -193,7 +193,7 @@ class Device(Caller):
         """A slice as if it had been trained: the one that was handed out, moved by noise that the job's seed decides."""
         start = slices.unpack(await self.blob(job.slice.digest))
         trained = moved(start, job, size=size, salt=salt)
-        return b"".join(trained_parts(trained, start, job.layout, job.upload, directions=job.directions, sides=job.sides))
+        return b"".join(trained_parts(trained, start, job.trained, job.upload, directions=job.directions, sides=job.sides))
 
     async def put_slice(self, job: Job, data: bytes, *, epoch: int | None = None, headers: Mapping[str, str] | None = None) -> SliceReceipt:
         sent = {"Lease-Epoch": str(epoch or job.lease.epoch), "Repr-Digest": repr_digest(data)} | dict(headers or {})

@@ -11,7 +11,7 @@ from torch import Tensor
 from modelling import adapters, base
 from modelling.layout import resolve
 from protocol import errors
-from protocol.plan import Plan
+from protocol.plan import Head, Plan
 from protocol.slices import Factors, Slice
 from tests.modelling.drawn import CLASSES, CONTINUE, drawn_slice, tiny_plan
 
@@ -78,6 +78,18 @@ def by_hand(plan: Plan, slice: Slice) -> Tensor:
     with torch.no_grad():
         logits: Tensor = bare(IDS).logits
     return logits
+
+
+def test_a_frozen_head_computes_as_a_trained_one_and_is_no_part_of_what_is_trained(encoder: Path) -> None:
+    plan = resolve(tiny_plan(encoder))
+    assert plan.layout is not None
+    slice, logits, counts = drawn_slice(plan, 2, 1.0), [], []
+    for head in Head:
+        with adapters.adapted(load(plan), slice, plan.layout, 0.0, head=head) as adapted:
+            logits.append(adapted.model(IDS).logits)
+            counts.append((sum(p.numel() for p in adapted.trained()), len(adapted.full())))
+    assert torch.equal(*logits)
+    assert counts == [(plan.layout.numbers(2), 2), (plan.layout.numbers(2) - plan.layout.numbers(0), 0)]
 
 
 @pytest.mark.parametrize("directions", [None, [1]])

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -149,12 +150,16 @@ async def test_the_bytes_do_not_depend_on_where_modules_are_merged(model: Path, 
     assert threads == processes
 
 
-@pytest.mark.parametrize("strategy", ["hlora", "delta"])
-async def test_the_pulled_adapter_measures_what_the_federation_measured(strategy: str, model: Path, fleet: Path, tmp_path: Path) -> None:
-    plan = _plan(model, strategy={"name": strategy}, evaluation={"rank": 4})
+@pytest.mark.parametrize(("strategy", "head"), [("hlora", "trained"), ("delta", "trained"), ("delta", "frozen")])
+async def test_the_pulled_adapter_measures_what_the_federation_measured(
+    strategy: str, head: str, model: Path, fleet: Path, tmp_path: Path
+) -> None:
+    adapter = {"modules": ["query", "value"], "head": head}
+    plan = _plan(model, strategy={"name": strategy}, adapter=adapter, evaluation={"rank": 4})
     async with federation(device.fleet(fleet), tmp_path / "federation") as found:
         run = [run async for run in found.run(plan)][-1]
         archive = await found.adapter(run.id, rank=4)
+        first, last = [safetensors.torch.load(await found.tensors(run.id, round, 4)) for round in (0, 3)]
         held_out = [row for agent in device.fleet(fleet) for row in agent.catalogue.rows("things", Part.held_out)]
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         packed.extractall(tmp_path / "adapter")
@@ -166,6 +171,9 @@ async def test_the_pulled_adapter_measures_what_the_federation_measured(strategy
         logits = adapted(**tokens).logits
     labels = torch.tensor([["animal", "tool"].index(str(row["label"])) for row in held_out])
 
+    heads = [name for name in first if "classifier" in name]
+    assert len(heads) == 2
+    assert all(torch.equal(first[name], last[name]) == (head == "frozen") for name in heads)
     assert run.metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
     assert run.metrics["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
 
