@@ -35,7 +35,7 @@ what they trained; operators make runs and follow their rounds. Every refusal is
 
 def build(settings: Settings, clock: Clock = database_clock) -> Context:
     """The coordinator's parts, connected. Raises InvalidRequest for an executor or store that does not exist, or cannot meet."""
-    if settings.blobs.startswith("memory://") and not settings.executor.startswith("threads://"):
+    if settings.blobs.startswith("memory://") and not settings.executor.startswith(("threads://", "cuda://")):
         raise errors.InvalidRequest(
             f"blobs at {settings.blobs} are in this process alone; {settings.executor} would look for them in another: "
             "use threads://N, or keep the blobs at file:///FOLDER"

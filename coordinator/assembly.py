@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coordinator import aggregation, rounding, sizes
 from coordinator.blobs import GROWING, Blobs
+from coordinator.devices import PROCESSOR
 from coordinator.fresh import fresh_rows
 from coordinator.lowrank import cut, pad
 from coordinator.portions import Portion, fresh
@@ -58,13 +59,14 @@ class Piece:
 class Merged:
     """What a round published. The adapter is float32 at the plan's cap and scale 1; slices are by rank.
 
-    Starts are by rank too; none where training starts from the slices.
+    Starts are by rank too; none where training starts from the slices. The device is what computed it, in words.
     """
 
     adapter: BlobRef
     slices: dict[int, BlobRef]
     starts: dict[int, BlobRef] = field(default_factory=dict)
     energy: dict[str, Energy] = field(default_factory=dict)
+    device: str = PROCESSOR
 
 
 def starts(plan: Plan) -> dict[int, Start]:

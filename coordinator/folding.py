@@ -133,7 +133,7 @@ def _followed(side: Tensor, rank: int, width: int) -> _Found | None:
     What the followed directions do not hold is subtracted before anything is squared, so that the proof sees what is left at its
     own scale: float32 resolves singular values to 10⁻⁶ of the largest.
     """
-    z = spectrum.start(len(side), width).to(side.dtype)
+    z = spectrum.start(len(side), width).to(side)
     for _ in range(spectrum.LOOKS):
         for _ in range(spectrum.STEPS):
             z = _orthonormal(side @ _orthonormal(side.T @ z))

@@ -16,7 +16,7 @@ def fresh_rows(rank: int, n_in: int, *, seed: int, round: int, module: str) -> T
     Source: the initialisation of a in LoRA's reference code (Kaiming-uniform with slope √5).
     """
     bound = n_in**-0.5
-    return torch.empty(rank, n_in).uniform_(-bound, bound, generator=_generator("rows", seed, round, module))
+    return torch.empty(rank, n_in, device="cpu").uniform_(-bound, bound, generator=_generator("rows", seed, round, module))
 
 
 def fresh_tensor(name: str, shape: Sequence[int], *, seed: int) -> Tensor:

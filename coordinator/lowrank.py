@@ -114,7 +114,7 @@ def cut(adapter: Factors, rank: int, scale: float, split: Split | None, fresh: T
     left, right = (x.to(b.dtype) for x in _split(b, a, scale, split))
     b, a = (b * left).to(dtype), (right[:, None] * a).to(dtype)
     if bool((dead := _zero(b.T) & _zero(a)).any()):
-        a = torch.where(dead[:, None], fresh[:rank].to(dtype), a)
+        a = torch.where(dead[:, None], fresh[:rank].to(a), a)
     return Factors(b=b, a=a)
 
 

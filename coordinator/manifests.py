@@ -2,7 +2,7 @@
 
 Merging is a pure function of stored bytes and of the numbers here, so whoever has the manifest, the plan and the blobs can
 make the round again and compare. What computed it is noted too: other versions, or another kind of processor, may round
-differently.
+differently, and a GPU does.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def describe(task: RoundTask | Plan, merged: Merged, plan: str, origins: Mapping
         slices=merged.slices,
         starts=merged.starts,
         software=software(),
+        device=merged.device,
     )
 
 

@@ -17,7 +17,7 @@ from functools import cache, partial
 
 import torch
 
-from coordinator import aggregation, sizes
+from coordinator import aggregation, devices, sizes
 from coordinator.aggregation import Contribution, Given, ModuleRound
 from coordinator.assembly import Assembly, Merged, Piece, module_piece, tensor_piece
 from coordinator.blobs import Blobs
@@ -72,7 +72,7 @@ def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
     """Merge a round and keep what it publishes. Repeating it keeps the same bytes.
 
     Raises NoContributions, ZeroWeight or UnmergeableRound for inputs that make no mean; NotFound for a missing blob; what
-    reading a damaged slice raises; Unavailable where a worker was lost, and another may do it.
+    reading a damaged slice raises; Unavailable where a worker was lost, or a GPU is full: later it may be done.
     """
     layout = sizes.layout(task.plan)
     ready = replace(task, plan=task.plan.model_copy(update={"layout": None}), inputs=_shares(task.inputs))
@@ -82,7 +82,7 @@ def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
     with Assembly(task.plan, task.round) as assembly:
         for (_, part), piece in zip(calls, _in_order(executor, calls), strict=True):
             assembly.add(part.name, piece)
-        return assembly.publish(blobs)
+        return replace(assembly.publish(blobs), device=devices.name(executor))
 
 
 def merge_module(task: ModuleTask) -> Piece:
@@ -111,7 +111,7 @@ def merge_tensor(task: ModuleTask) -> Piece:
     otherwise its old t₀ would pull the mean back.
     """
     blobs, plan = Blobs.open(task.round.store), task.round.plan
-    mean = torch.zeros(task.shape, dtype=torch.float64)
+    mean = torch.zeros(task.shape, dtype=torch.float64, device="cpu")  # no dearer than bringing it elsewhere
     for input in task.round.inputs:
         base = open_slice(blobs, input.base)
         sent = _opened(blobs, input).trained_full(task.name, partial(base.full, task.name))
@@ -222,3 +222,5 @@ def _result(future: Future[Piece]) -> Piece:
         return future.result()
     except (BrokenExecutor, CancelledError) as error:
         raise errors.Unavailable("a worker was lost in the middle of it, as it is when its machine runs out of memory") from error
+    except torch.OutOfMemoryError as error:
+        raise errors.Unavailable("the GPU has too little memory left for it, as it has while other programs use it") from error

@@ -17,7 +17,9 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; by default a SQLite file in the data folder")
     blobs_url: str | None = Field(default=None, description="obstore URL; by default files in the data folder")
     spool: Path | None = Field(default=None, description="folder of unfinished uploads and merges; by default in the data folder")
-    executor: str = Field(default="threads://", description="where modules are merged: threads://N, processes://N or dask://HOST:PORT")
+    executor: str = Field(
+        default="threads://", description="where modules are merged: threads://N, processes://N, cuda://N or dask://HOST:PORT"
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 for any free one")
     tick_seconds: float = Field(default=1.0, gt=0, description="longest pause between two looks of the conductor")

@@ -125,7 +125,7 @@ def certified(matrix: Tensor, rank: int, *, width: int, noise: float, allowed: A
     if not (scale > 0 and rank > 0 and width <= len(matrix)):
         return None
     rough = matrix if matrix.dtype == torch.float32 else (matrix / scale).float()
-    z = start(len(matrix), width)
+    z = start(len(matrix), width).to(rough)
     for _ in range(LOOKS):
         for _ in range(STEPS):
             z, _r = torch.linalg.qr(rough @ z)
@@ -163,8 +163,8 @@ def bounds(values: Tensor, g: Tensor, rank: int, *, noise: float, allowed: Allow
 
 @lru_cache(maxsize=8)
 def start(size: int, width: int) -> Tensor:
-    """Where an iteration starts, (size, width) float32."""
-    return torch.randn(size, width, generator=torch.Generator().manual_seed(0))
+    """Where an iteration starts, (size, width) float32; drawn by the processor, the same for every device."""
+    return torch.randn(size, width, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _ritz(matrix: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

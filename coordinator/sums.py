@@ -33,14 +33,14 @@ class Term:
     weight: float | Tensor  # (r,), any sign
 
     def load(self, shape: tuple[int, int]) -> Factors:
-        """The factors' numbers. Raises MismatchedSlice unless b is (n_out, r) and a is (r, n_in)."""
+        """The factors' numbers, where this thread computes. Raises MismatchedSlice unless b is (n_out, r) and a is (r, n_in)."""
         found = self.factors if isinstance(self.factors, Factors) else self.factors.load()
         n_out, n_in = shape
         if found.b.shape != (n_out, self.factors.rank) or found.a.shape != (self.factors.rank, n_in):
             raise errors.MismatchedSlice(
                 f"factors of shapes {list(found.b.shape)} and {list(found.a.shape)} cannot update a matrix of {n_out} × {n_in}"
             )
-        return found
+        return Factors(b=torch.as_tensor(found.b), a=torch.as_tensor(found.a))  # as they are, where they are there already
 
     def weights(self) -> Tensor:
         """One weight per direction: (r,) float64."""

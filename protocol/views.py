@@ -105,6 +105,7 @@ class Manifest(Strict):
     slices: dict[int, BlobRef]
     starts: dict[int, BlobRef] = Field(default={}, description="what training starts from, by rank; the slices if there are none")
     software: dict[str, str] = Field(description="versions of what computed it")
+    device: str = Field(default="cpu", description="what it was merged on: cpu, or the name of a GPU")
 
 
 class RoundSummary(Strict):
