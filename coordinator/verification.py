@@ -1,5 +1,7 @@
 """Published rounds made again from their blobs, and compared with what was published.
 
+Every byte is compared; of a round that was merged on another device than this program merges on, every product of factors.
+
 Nothing is changed: a round is merged into a temporary folder, from the real store's blobs, each of which is first held
 against its own digest. A coordinator may work beside.
 """
@@ -19,17 +21,19 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coordinator import counting, manifests, published, publishing
+from coordinator import counting, manifests, nearness, published, publishing
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
 from coordinator.database import Database
+from coordinator.devices import PROCESSOR
 from coordinator.initial import first_adapter
 from coordinator.jobs import plan_of
 from coordinator.merge import RoundTask, merge_round
+from coordinator.reading import open_slice
 from coordinator.tables import Round, Run
 from protocol import errors
 from protocol.messages import BlobRef
-from protocol.plan import Plan
+from protocol.plan import Dtype, Plan
 from protocol.states import RoundState
 from protocol.views import Manifest
 
@@ -74,6 +78,7 @@ class Record:
     task: RoundTask | Plan | None  # None where nothing says what was merged
     names: dict[str, str]  # "adapter", "slice of rank 2", "start of rank 2" → digest
     made_with: dict[str, str]
+    device: str  # that it was merged on
     contradiction: str | None  # between manifest and rows
 
     def contributions(self) -> set[str]:
@@ -113,7 +118,8 @@ def _record(session: Session, run: Run, row: Round, store: str) -> Record:
     noted = None if manifest is None else (manifest.plan, manifest.adapter.digest, manifest.slices, manifest.starts)
     if noted is not None and noted != (run.plan_digest, row.adapter, ranks, starts):
         contradiction = "its manifest names another plan or other blobs than its rows"
-    return Record(row.id, run.name, row.number, task, names, manifest.software if manifest else {}, contradiction)
+    made_with, device = (manifest.software, manifest.device) if manifest else ({}, PROCESSOR)
+    return Record(row.id, run.name, row.number, task, names, made_with, device, contradiction)
 
 
 def _names(adapter: str, slices: Mapping[int, BlobRef], starts: Mapping[int, BlobRef]) -> dict[str, str]:
@@ -173,25 +179,41 @@ class Verifier:
 
     def _compare(self, record: Record, task: RoundTask | Plan) -> tuple[Verdict, str]:
         self._tell(f"round {record.number}: merging it again")
-        try:
-            made = self._make(task)
-        except errors.InvalidPlan as error:
-            return Verdict.unknown, f"this program cannot merge it: {error}"
-        except (errors.NotFound, errors.InvalidSlice, errors.UnmergeableRound) as error:
-            if isinstance(error, errors.NotFound) and self._forgotten(record):  # since its blobs were looked at
-                return GIVEN_UP
-            return Verdict.differs, f"it cannot be merged again: {error}{self._versions(record)}"
-        names = _names(made.adapter.digest, made.slices, made.starts)
-        if wrong := [what for what in record.names | names if names.get(what) != record.names.get(what)]:
-            return Verdict.differs, f"{', '.join(wrong)}: other bytes than were published{self._versions(record)}"
-        count = len(task.inputs) if isinstance(task, RoundTask) else 0
-        files = f"adapter and {len(made.slices)} slices" + (f", {len(made.starts)} starts" if made.starts else "")
-        return Verdict.agrees, f"{files}, from {f'{count} contributions' if count else 'the plan alone'}"
-
-    def _make(self, task: RoundTask | Plan) -> Merged:
         with tempfile.TemporaryDirectory(prefix="hlora-") as folder:
             scratch = Blobs.open(Path(folder).as_uri())
-            return first_adapter(task, scratch) if isinstance(task, Plan) else merge_round(task, self._executor, scratch)
+            try:
+                made = first_adapter(task, scratch) if isinstance(task, Plan) else merge_round(task, self._executor, scratch)
+            except errors.InvalidPlan as error:
+                return Verdict.unknown, f"this program cannot merge it: {error}"
+            except (errors.NotFound, errors.InvalidSlice, errors.UnmergeableRound) as error:
+                if isinstance(error, errors.NotFound) and self._forgotten(record):  # since its blobs were looked at
+                    return GIVEN_UP
+                return Verdict.differs, f"it cannot be merged again: {error}{self._versions(record)}"
+            return self._held_against(record, task, made, scratch)
+
+    def _held_against(self, record: Record, task: RoundTask | Plan, made: Merged, scratch: Blobs) -> tuple[Verdict, str]:
+        """The round as it is, and as it was made again: these bytes are in the scratch."""
+        wire, names = (task if isinstance(task, Plan) else task.plan).wire, _names(made.adapter.digest, made.slices, made.starts)
+        wrong = [what for what in record.names | names if names.get(what) != record.names.get(what)]
+        found, within = "other bytes than were published", ""
+        if made.device != record.device:
+            wrong = [what for what in wrong if not self._near(what, record.names.get(what), names.get(what), wire, scratch)]
+            bound = f"{nearness.TOLERANCE:g} and the rounding of {wire}; merged on {record.device}, checked on {made.device}"
+            found, within = f"further from what was published than {bound}", f", within {bound}"
+        if wrong:
+            return Verdict.differs, f"{', '.join(wrong)}: {found}{self._versions(record)}"
+        count = len(task.inputs) if isinstance(task, RoundTask) else 0
+        files = f"adapter and {len(made.slices)} slices" + (f", {len(made.starts)} starts" if made.starts else "")
+        return Verdict.agrees, f"{files}, from {f'{count} contributions' if count else 'the plan alone'}{within}"
+
+    def _near(self, what: str, published: str | None, made: str | None, wire: Dtype, scratch: Blobs) -> bool:
+        if published is None or made is None:
+            return False
+        try:
+            apart = nearness.apart(open_slice(self._blobs, published), open_slice(scratch, made))
+        except errors.InvalidSlice:  # what is named as published is something else
+            return False
+        return apart <= nearness.allowed(Dtype.float32 if what == "adapter" else wire)
 
     def _versions(self, record: Record) -> str:
         """In which software then and now differ, in words."""

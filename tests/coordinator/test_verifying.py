@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+import torch
+from sqlalchemy import delete, select, update
 from typer.testing import CliRunner, Result
 
 from coordinator import retention, verification
 from coordinator.__main__ import app
-from coordinator.tables import Job, Round, Run
+from coordinator.tables import Job, PublishedSlice, Round, Run
+from protocol.plan import Dtype
+from protocol.slices import Factors, pack, unpack
 from protocol.states import JobState
 from protocol.views import Manifest
 from tests.federation import Federation, make_plan, make_profile, open_federation
@@ -206,6 +209,74 @@ async def test_bytes_that_do_not_follow_from_the_manifest_differ_and_the_softwar
     assert lines[1].startswith("round 1 differs: adapter, slice of rank 2, slice of rank 4: other bytes than were published")
     assert lines[1].endswith("; with the same software")
     assert f"; torch 1.0 then, {manifests[2].software['torch']} now" in lines[2]
+
+
+def turned_and_moved(move: float) -> Callable[[bytes], bytes]:
+    """An adapter of which another device found the first direction with the other sign, moved by that share of it."""
+
+    def other(data: bytes) -> bytes:
+        found = unpack(data)
+        signs = torch.tensor([-1.0] + [1.0] * (found.label.rank - 1))
+        factors = {name: Factors(b=f.b * signs * (1 + move), a=f.a * signs[:, None]) for name, f in found.factors.items()}
+        assert PLAN.layout is not None
+        return pack(replace(found, factors=factors), PLAN.layout, Dtype.float32)
+
+    return other
+
+
+def shortened(data: bytes) -> bytes:
+    """An adapter of fewer directions."""
+    found = unpack(data)
+    assert PLAN.layout is not None
+    factors = {name: f.of([0, 1]) for name, f in found.factors.items()}
+    return pack(replace(found, label=found.label.model_copy(update={"rank": 2}), factors=factors), PLAN.layout, Dtype.float32)
+
+
+TOLERANCE = "0.0001 and the rounding of bfloat16; merged on NVIDIA H200, checked on cpu"
+
+
+def published_elsewhere(desk: Desk, run: str, manifest: Manifest, other: Callable[[bytes], bytes]) -> None:
+    """Let a round have been merged on a GPU, and its adapter have come to other bytes there."""
+    blobs = desk.federation.parts.blobs
+    adapter = blobs.put(other(blobs.read(manifest.adapter.digest)))
+    changed = manifest.model_copy(update={"adapter": adapter, "device": "NVIDIA H200"})
+    desk.amend(run, manifest.round, adapter=adapter.digest, manifest=changed.model_dump(mode="json"))
+
+
+async def test_a_round_that_was_merged_on_another_device_agrees_where_its_products_do(
+    desk: Desk, played: tuple[str, list[Manifest]]
+) -> None:
+    run, manifests = played
+    assert [manifest.device for manifest in manifests] == ["cpu"] * 4
+    published_elsewhere(desk, run, manifests[1], turned_and_moved(1e-6))
+
+    said = desk.verify(run, "--round", "1")
+
+    assert said.stdout == f"round 1 agrees: adapter and 2 slices, from 3 contributions, within {TOLERANCE}\n"
+    assert said.exit_code == 0
+
+
+@pytest.mark.parametrize("other", [turned_and_moved(1e-3), shortened, lambda data: b"no slice"])
+async def test_a_round_that_was_merged_on_another_device_differs_where_its_products_do(
+    desk: Desk, played: tuple[str, list[Manifest]], other: Callable[[bytes], bytes]
+) -> None:
+    run, manifests = played
+    published_elsewhere(desk, run, manifests[1], other)
+
+    said = desk.verify(run, "--round", "1")
+
+    assert said.stdout == f"round 1 differs: adapter: further from what was published than {TOLERANCE}; with the same software\n"
+    assert said.exit_code == 1
+
+
+async def test_a_slice_that_another_device_did_not_publish_is_missed(desk: Desk, played: tuple[str, list[Manifest]]) -> None:
+    run, manifests = played
+    fewer = manifests[1].model_copy(update={"slices": {4: manifests[1].slices[4]}, "device": "NVIDIA H200"})
+    desk.amend(run, 1, manifest=fewer.model_dump(mode="json"))
+    with desk.federation.parts.database.write() as session:
+        session.execute(delete(PublishedSlice).where(PublishedSlice.digest == manifests[1].slices[2].digest))
+
+    assert desk.verify(run, "--round", "1").stdout.startswith("round 1 differs: slice of rank 2: further from")
 
 
 async def test_a_manifest_and_rows_that_contradict_each_other_do_not_agree(desk: Desk, played: tuple[str, list[Manifest]]) -> None:
