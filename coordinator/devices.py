@@ -13,6 +13,8 @@ import torch
 from protocol import errors
 
 PROCESSOR = "cpu"
+# What says something of the GPU and nothing of the round: its memory is full, or it needs a new process (torch 2.8 and later).
+FAILED = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 class Device(ThreadPoolExecutor):

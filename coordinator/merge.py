@@ -72,7 +72,7 @@ def merge_round(task: RoundTask, executor: Executor, blobs: Blobs) -> Merged:
     """Merge a round and keep what it publishes. Repeating it keeps the same bytes.
 
     Raises NoContributions, ZeroWeight or UnmergeableRound for inputs that make no mean; NotFound for a missing blob; what
-    reading a damaged slice raises; Unavailable where a worker was lost, or a GPU is full: later it may be done.
+    reading a damaged slice raises; Unavailable where a worker was lost or a GPU failed: later it may be done.
     """
     layout = sizes.layout(task.plan)
     ready = replace(task, plan=task.plan.model_copy(update={"layout": None}), inputs=_shares(task.inputs))
@@ -222,5 +222,5 @@ def _result(future: Future[Piece]) -> Piece:
         return future.result()
     except (BrokenExecutor, CancelledError) as error:
         raise errors.Unavailable("a worker was lost in the middle of it, as it is when its machine runs out of memory") from error
-    except torch.OutOfMemoryError as error:
-        raise errors.Unavailable("the GPU has too little memory left for it, as it has while other programs use it") from error
+    except devices.FAILED as error:
+        raise errors.Unavailable(f"the GPU failed at it: {str(error).partition(chr(10))[0]}") from error

@@ -1,7 +1,8 @@
 """From a closed round to a published one: claim it, say what is to be merged, publish what came out.
 
 Merging is a pure function of stored bytes, so a claim is a lease and no lock: a round left in merging by a crash is
-claimed again when its time is over, and gives the same bytes.
+claimed again when its time is over, and gives the same bytes, or on another device others that mean the same: what counts is what
+the holder of the newest claim publishes.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def publish(
 ) -> list[str]:
     """merging → published, in one transaction with manifest, slices and evaluation jobs; gives the clients to wake.
 
-    Does nothing if the claim was lost: somebody else publishes the same bytes. Raises Unavailable, to put the blobs again.
+    Does nothing if the claim was lost: somebody else publishes the round. Raises Unavailable, to put the blobs again.
     """
     made = (merged.adapter, *merged.slices.values(), *merged.starts.values())
     sweeping.hold(session, blobs, *dict.fromkeys(blob.digest for blob in made))

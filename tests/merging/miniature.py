@@ -27,22 +27,24 @@ class Far(Tensor):
     """A tensor of the device; what it holds is a tensor of the processor."""
 
     held: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way, whose type it does not know
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Far:
-        found: Far = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # torch has no type for it
+        found: Far = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=PLACE
         )
         found.held = held
         return found
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch gives it the function, and does not say so
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{function} met a tensor of the device in a thread that does not compute there")
 
 
-class Miniature(TorchDispatchMode):
+class Miniature(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not say how it is made
     """A thread that entered it has the device until it ends."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,4 +92,4 @@ def miniature() -> Iterator[Device]:
 
 def _enter() -> None:
     torch._C._set_only_lift_cpu_tensors(True)  # so that what is made of Python's numbers is brought there like the rest
-    Miniature().__enter__()
+    Miniature().__enter__()  # type: ignore[no-untyped-call]  # torch does not say

@@ -139,19 +139,23 @@ def test_blobs_in_memory_can_be_merged_from_on_a_gpu(tmp_path: Path) -> None:
         build(Settings(data=tmp_path, blobs_url="memory://here", executor="cuda://99"))
 
 
-class Full(Executor):
-    """A GPU without memory."""
+class Broken(Executor):
+    """A GPU at which every task fails like this."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future = Future[Any]()
-        future.set_exception(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB."))
+        future.set_exception(self._error)
         return future
 
 
-def test_a_full_gpu_is_waited_for(blobs: Blobs) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: unknown\nand more")])
+def test_a_gpu_that_fails_says_nothing_of_the_round_which_waits(error: Exception, blobs: Blobs) -> None:
     task = second_round(blobs, plan_of("delta"))
-    with pytest.raises(errors.Unavailable, match="the GPU has too little memory left"):
-        merge_round(task, Full(), blobs)
+    with pytest.raises(errors.Unavailable, match=r"^the GPU failed at it: CUDA (out of memory\.|error: unknown)$"):
+        merge_round(task, Broken(error), blobs)
 
 
 @needs_a_gpu
