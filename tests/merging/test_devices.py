@@ -103,9 +103,9 @@ def truncated(w: Sum, rank: int) -> tuple[torch.device, Factors, Truncation]:
 
 @every_regime
 def test_every_method_computes_where_its_thread_does(regime: str) -> None:
-    place, here, certificate = truncated(*REGIMES[regime])
-    with miniature() as executor:
+    with miniature() as executor:  # before the processor, which would leave it the start of an iteration
         far, there, proved = executor.submit(truncated, *REGIMES[regime]).result()
+    place, here, certificate = truncated(*REGIMES[regime])
     assert (place.type, far) == ("cpu", PLACE)
     assert torch.equal(there.b, here.b)
     assert torch.equal(there.a, here.a)
