@@ -73,6 +73,7 @@ class Checkpoint:
         try:
             with durable.writing(self.file) as stream:
                 torch.save({"key": self.key, "digest": digest(state), "seconds": seconds, "course": state}, stream)
+            durable.settle(self.file.parent)
             crash.reached(Point.agent_checkpoint_kept)
         except (errors.InsufficientStorage, OSError, RuntimeError) as error:  # torch makes its own error of the stream's
             log.warning("checkpoint-not-kept", error=type(error).__name__, detail=str(error)[:200])

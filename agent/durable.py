@@ -45,30 +45,33 @@ def room_for(file: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(file: Path) -> Iterator[BinaryIO]:
-    """A stream whose bytes have the file's name, durably, once the block has ended well. Raises InsufficientStorage."""
+    """A stream whose bytes have the file's name once the block has ended well. Raises InsufficientStorage.
+
+    A machine that loses its power then has them, or what had the name before, and no mixture; until `settle` nobody knows which.
+    """
     new = file.with_name(file.name + ".new")
     with room_for(file):
         try:
             with opened(new, "wb") as stream:
                 yield stream
-            settle(new, file)
+                stream.flush()
+                os.fsync(stream.fileno())
+            new.replace(file)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
 
 
 def write(file: Path, blocks: Iterable[bytes]) -> None:
-    """Write a file, whole and durable. Raises InsufficientStorage."""
+    """Write a file, as `writing` does. Raises InsufficientStorage."""
     with writing(file) as stream:
         for block in blocks:
             stream.write(block)
 
 
-def settle(new: Path, file: Path) -> None:
-    """Give finished bytes their name, so that a machine that loses its power keeps both."""
-    _sync(new)
-    new.replace(file)
-    for place in (file.parent, file.parent.parent):  # the folder's own name may be new too
+def settle(folder: Path) -> None:
+    """Make the names of a folder's files last, and its own, which may be new too."""
+    for place in (folder, folder.parent):
         _sync(place)
 
 

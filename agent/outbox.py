@@ -69,6 +69,7 @@ class Outbox:
             metrics = outcome.metrics | _rounding(outcome, start, job)
             result = Result(epoch=job.lease.epoch, slice=digest, examples=outcome.examples, metrics=metrics, usage=usage)
             entry = self.save(Entry(job=job, result=result, bytes=count))
+            durable.settle(place)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
@@ -77,7 +78,7 @@ class Outbox:
         return entry
 
     def save(self, entry: Entry) -> Entry:
-        """Write down how far an entry is."""
+        """Write down how far an entry is. Should the power fail at this moment, the coordinator says it again."""
         durable.write(durable.folder(self.folder, entry.job.id) / ENTRY, [entry.model_dump_json().encode()])
         return entry
 

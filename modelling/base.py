@@ -76,6 +76,8 @@ def copy(model: Model, task: Task) -> Base:
 def whole_modules(model: nn.Module, tensors: Set[str]) -> list[str]:
     """The largest modules all of whose parameters are among those named."""
     whole: list[str] = []
+    if not tensors:  # every module is looked at otherwise
+        return whole
     for name, module in model.named_modules():  # parents come before their children
         own = (f"{name}.{parameter}" for parameter, _ in module.named_parameters())
         if name and next(own, None) in tensors and all(parameter in tensors for parameter in own) and not inside(name, whole):
