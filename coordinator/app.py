@@ -61,7 +61,14 @@ def build(settings: Settings, clock: Clock = database_clock) -> Context:
 
 def create_app(context: Context) -> FastAPI:
     """The application over given parts. Its lifespan runs the conductor; without lifespan, whoever built it ticks by hand."""
-    app = FastAPI(title="HLoRA coordinator", version=VERSION, description=DESCRIPTION, lifespan=_conducting)
+    app = FastAPI(
+        title="HLoRA coordinator",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=_conducting,
+        # What is measured is at /metrics; the framework would look before each request whether somebody wants to hear more.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     app.state.context = context
     problems.install(app)
     for router in (agents.router, slices.router, pages.public, pages.reading):

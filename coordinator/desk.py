@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from coordinator import clients, leasing
 from coordinator.database import Database
-from coordinator.leasing import Glance
+from coordinator.leasing import Asking, Glance
 from protocol import crash
 from protocol.crash import Point
 from protocol.errors import HLoRAError
@@ -62,17 +62,18 @@ class Desk:
         self._serving: asyncio.Task[None] | None = None
         self._noted: set[str] = set()
         self._noting: asyncio.Task[None] | None = None
-        self._asking: dict[str, asyncio.Future[Glance | None]] = {}
+        self._asking: dict[Asking, asyncio.Future[Glance | None]] = {}
         self._looking: asyncio.Task[None] | None = None
 
-    async def look(self, digest: str) -> Glance | None:
-        """Whose the credential of that digest is, and whether there may be work; nothing if it is no client's, or was revoked.
+    async def look(self, digest: str, job: str | None = None) -> Glance | None:
+        """Whose the credential of that digest is, whether there may be work, and a job; nothing if it is no client's, or was revoked.
 
         All who ask while one look is under way are looked up in the next one: nobody is told what was true before they asked.
         """
-        asking = self._asking.get(digest)
+        question = Asking(digest, job)
+        asking = self._asking.get(question)
         if asking is None:
-            asking = self._asking[digest] = asyncio.get_running_loop().create_future()
+            asking = self._asking[question] = asyncio.get_running_loop().create_future()
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
         return await asyncio.shield(asking)
@@ -105,12 +106,12 @@ class Desk:
                 for outcome in asking.values():
                     outcome.set_exception(error)
             else:
-                for digest, outcome in asking.items():
-                    outcome.set_result(found.get(digest))
+                for question, outcome in asking.items():
+                    outcome.set_result(found.get(question))
 
-    def _glances(self, digests: Sequence[str]) -> dict[str, Glance]:
+    def _glances(self, asked: Sequence[Asking]) -> dict[Asking, Glance]:
         with self._database.read() as session:
-            return leasing.glances(session, digests)
+            return leasing.glances(session, asked)
 
     async def _serve(self) -> None:
         while self._standing:

@@ -12,6 +12,7 @@ that no two holders of one job can both succeed.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -144,18 +145,47 @@ class Upload:
 
 _TRAINING = (
     select(
-        *(Job.client_id, Job.kind, Job.state, Job.reason, Job.epoch, Job.rank, Job.base, Job.directions, Job.slice, Job.slice_bytes),
+        *(
+            Job.id,
+            Job.client_id,
+            Job.kind,
+            Job.state,
+            Job.reason,
+            Job.epoch,
+            Job.rank,
+            Job.base,
+            Job.directions,
+            Job.slice,
+            Job.slice_bytes,
+        ),
         *(Round.number, Round.run_id, Run.plan_digest),
     )
     .join(Round, Job.round_id == Round.id)
     .join(Run, Round.run_id == Run.id)
-    .where(Job.id == bindparam("job"))
+    .where(Job.id.in_(bindparam("jobs", expanding=True)))
 )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job, as it was looked up for its slice, and its plan."""
+
+    job: Facts
+    plan: Plan
+
+
+def at_hand(session: Session, ids: Collection[str]) -> dict[str, Planned]:
+    """Those of the jobs whose plans need not be read, whoever holds them, in one look."""
+    rows = session.connection().execute(_TRAINING, {"jobs": list(ids)}).all() if ids else ()
+    return {row.id: Planned(row, plan) for row in rows if (plan := _plans.get(row.plan_digest)) is not None}
 
 
 def training(session: Session, holder: Holder) -> Facts:
     """The job, if the client holds it at that epoch and it takes a slice. Raises NotFound, StaleLease, JobOver, Conflict."""
-    job = session.connection().execute(_TRAINING, {"job": holder.job}).first()
+    return _taking(session.connection().execute(_TRAINING, {"jobs": [holder.job]}).first(), holder)
+
+
+def _taking(job: Facts | None, holder: Holder) -> Facts:
     refused = refusal(job, holder)
     if refused is not None:
         raise refused
@@ -168,7 +198,12 @@ def training(session: Session, holder: Holder) -> Facts:
 def upload(session: Session, holder: Holder) -> Upload:
     """What the job's slice must be, known before its first byte comes. Raises NotFound, StaleLease, JobOver, Conflict."""
     job = training(session, holder)
-    plan = known_plan(session, job)
+    return wanted(Planned(job, known_plan(session, job)), holder)
+
+
+def wanted(found: Planned, holder: Holder) -> Upload:
+    """The same of a job that was looked up just now."""
+    job, plan = _taking(found.job, holder), found.plan
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
     expected = Expected(
         layout=plan.adapter.trained(plan.layout),

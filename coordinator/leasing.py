@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import bindparam, null, select, update
 from sqlalchemy.orm import Session
 
-from coordinator import events, histories, ranks, sizes
-from coordinator.jobs import ACTIVE, Facts, known_plan, lengths
+from coordinator import events, histories, jobs, ranks, sizes
+from coordinator.jobs import ACTIVE, Facts, Planned, known_plan, lengths
 from coordinator.tables import Client, Job, Round, Run
 from protocol import messages
 from protocol.messages import Profile
@@ -32,12 +32,23 @@ class Glance:
 
     client: str
     work: bool  # there may be a job
+    job: Planned | None = None  # the one that was asked about, whoever holds it; also none where it is quicker to look alone
 
 
-def glances(session: Session, digests: Collection[str]) -> dict[str, Glance]:
-    """The clients behind credentials of these digests, and whether there may be work for them, in one look; others are left out."""
-    found = session.connection().execute(_GLANCES, {"digests": list(digests)})
-    return {digest: Glance(client, work) for digest, client, work in found}
+@dataclass(frozen=True)
+class Asking:
+    """Who asks, by the digest of a credential; and about which job, if any."""
+
+    digest: str
+    job: str | None = None
+
+
+def glances(session: Session, asked: Collection[Asking]) -> dict[Asking, Glance]:
+    """The clients behind credentials, whether there may be work for them, and their jobs, in one look; others are left out."""
+    found = session.connection().execute(_GLANCES, {"digests": list({each.digest for each in asked})})
+    known = {digest: (client, work) for digest, client, work in found}
+    planned = jobs.at_hand(session, {each.job for each in asked if each.job is not None})
+    return {each: Glance(*known[each.digest], planned.get(each.job or "")) for each in asked if each.digest in known}
 
 
 _WORK = select(Job.id).where(Job.client_id == Client.id, Job.state.in_(ACTIVE)).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -47,6 +48,7 @@ class _Server(uvicorn.Server):
 def serve(app: FastAPI, settings: Settings, before_exit: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first."""
     _share_pools()
+    gc.freeze()  # what was imported stays; to look through all of it again and again costs more than any request
     config = uvicorn.Config(
         app,
         host=settings.host,

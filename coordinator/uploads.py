@@ -16,11 +16,11 @@ import os
 import re
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import IO, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -40,42 +40,66 @@ _hands: RunVar[CapacityLimiter] = RunVar("hands")
 
 @dataclass(frozen=True)
 class Spooled:
-    """Bytes that came."""
+    """Bytes that came, in a file."""
 
     path: Path
     length: int
     digest: str
-    fault: errors.HLoRAError | None = None  # why no more came, though more was announced
 
 
 class _Spool:
-    """A file that knows the digest of what was written to it."""
+    """A file that knows the digest of what was written to it, made when the first of it is: files are no work for an event loop."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path, self._file = path, file
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
         self._hash, self._length = hashlib.sha256(), 0
 
     def write(self, chunks: Iterable[bytes]) -> None:
-        for chunk in chunks:
-            self._hash.update(chunk)
-            self._length += self._file.write(chunk)
+        """Raises InsufficientStorage where there is no room."""
+        with room():
+            file = self._file = self._file or self._made()
+            for chunk in chunks:
+                self._hash.update(chunk)
+                self._length += file.write(chunk)
 
-    def end(self, fault: errors.HLoRAError | None = None) -> Spooled:
-        self._file.flush()
-        return Spooled(self._path, self._length, f"sha256:{self._hash.hexdigest()}", fault)
+    def end(self, chunks: Iterable[bytes] = ()) -> Spooled:
+        """All that was written, and these last. Raises InsufficientStorage."""
+        self.write(chunks)
+        assert self._file is not None, "it is made by the first write"
+        with room():
+            self._file.flush()
+        return Spooled(Path(self._file.name), self._length, f"sha256:{self._hash.hexdigest()}")
+
+    def _made(self) -> IO[bytes]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.NamedTemporaryFile(dir=self._folder, prefix="upload-", delete=False)  # `drop` closes it
+
+    def drop(self) -> None:
+        """Delete it, if it is there."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what could not be written is not wanted any more
+                file.close()
+            Path(file.name).unlink(missing_ok=True)
 
 
-@contextmanager
-def _spool(folder: Path) -> Iterator[_Spool]:
-    """A new file in the folder, gone when the block ends. Raises InsufficientStorage where there is no room for it."""
-    with room():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix="upload-")
+@dataclass(frozen=True)
+class Body:
+    """A request's body as far as it came. The last of it is written by whoever reads the file, in one turn."""
+
+    length: int  # bytes
+    fault: errors.HLoRAError | None  # why no more came, though more was announced
+    _spool: _Spool
+    _last: Sequence[bytes]
+
+    @contextmanager
+    def spooled(self) -> Iterator[Spooled]:
+        """All of it in a file, which is gone when the block ends. Raises InsufficientStorage where there is no room for it."""
         try:
-            with open(handle, "wb") as file:
-                yield _Spool(Path(name), file)
+            yield self._spool.end(self._last)
         finally:
-            Path(name).unlink(missing_ok=True)
+            self._spool.drop()
 
 
 async def in_turn(work: Callable[[], T]) -> T:
@@ -88,23 +112,24 @@ async def in_turn(work: Callable[[], T]) -> T:
 
 
 @asynccontextmanager
-async def receive(
-    stream: AsyncIterator[bytes], folder: Path, *, largest: int, announced: int | None, stall: float
-) -> AsyncIterator[Spooled]:
-    """Spool a request's body; the file is gone when the block ends.
+async def receive(stream: AsyncIterator[bytes], folder: Path, *, largest: int, announced: int | None, stall: float) -> AsyncIterator[Body]:
+    """Spool a request's body; what was spooled is gone when the block ends.
 
     A body that ends before its announced end, or of which no byte comes for `stall` seconds, is given as far as it came,
-    with TruncatedBody or StalledBody as its fault. Raises TooLarge as soon as more comes, or is announced, than may.
+    with TruncatedBody or StalledBody as its fault. Raises TooLarge as soon as more comes, or is announced, than may;
+    InsufficientStorage.
     """
     if announced is not None and announced > largest:
         raise errors.TooLarge(f"the body is announced with {announced} bytes; at most {largest} may come", largest=largest)
-    with _spool(folder) as spool:
-        fault = await _fill(spool, stream, largest, announced, stall)
-        yield await in_turn(partial(spool.end, fault))
+    spool = _Spool(folder)
+    try:
+        yield await _fill(spool, stream, largest, announced, stall)
+    finally:
+        spool.drop()
 
 
-async def _fill(spool: _Spool, stream: AsyncIterator[bytes], largest: int, announced: int | None, stall: float) -> errors.HLoRAError | None:
-    """Write a body as it comes; gives why it ended early, if it did."""
+async def _fill(spool: _Spool, stream: AsyncIterator[bytes], largest: int, announced: int | None, stall: float) -> Body:
+    """Write a body as it comes, but for the last of it."""
     batch, size, came = list[bytes](), 0, 0
     fault: errors.HLoRAError | None = None
     try:
@@ -121,10 +146,9 @@ async def _fill(spool: _Spool, stream: AsyncIterator[bytes], largest: int, annou
         fault = errors.StalledBody(f"no byte came for {stall:g} seconds, after {came}; send the rest, or all of it again")
     except ClientDisconnect:
         fault = errors.TruncatedBody(f"the connection ended after {came} bytes; send the rest, or all of it again")
-    await in_turn(partial(spool.write, batch))
     if fault is None and announced is not None and came != announced:
         fault = errors.TruncatedBody(f"{came} bytes came, {announced} were announced; send the rest, or all of it again")
-    return fault
+    return Body(came, fault, spool, batch)
 
 
 async def _flowing(stream: AsyncIterator[bytes], stall: float) -> AsyncIterator[bytes]:
@@ -146,15 +170,21 @@ def joined(blobs: Blobs, parts: Sequence[str], last: Spooled, folder: Path) -> I
     if not parts:
         yield last
         return
-    with _spool(folder) as spool:
-        try:
-            for part in parts:
-                spool.write(blobs.chunks(part))
-        except errors.NotFound as error:
-            raise errors.DigestMismatch(f"a part of the slice was lost: {error}; send the slice again") from error
+    spool = _Spool(folder)
+    try:
+        _join(spool, blobs, parts)
         with last.path.open("rb") as file:
-            spool.write(iter(lambda: file.read(BATCH), b""))
-        yield spool.end()
+            yield spool.end(iter(lambda: file.read(BATCH), b""))
+    finally:
+        spool.drop()
+
+
+def _join(spool: _Spool, blobs: Blobs, parts: Sequence[str]) -> None:
+    try:
+        for part in parts:
+            spool.write(blobs.chunks(part))
+    except errors.NotFound as error:
+        raise errors.DigestMismatch(f"a part of the slice was lost: {error}; send the slice again") from error
 
 
 def announced_digest(repr_digest: str | None) -> str | None:

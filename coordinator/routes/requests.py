@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,7 +14,10 @@ from fastapi.security import HTTPBearer
 from coordinator import access
 from coordinator.access import Caller, Kind
 from coordinator.context import Context
+from coordinator.jobs import Planned
 from protocol import errors
+
+ID = r"^[a-z]+-[0-9a-f]{16}$"
 
 
 def _parts(request: Request) -> Context:
@@ -62,18 +66,26 @@ class Visitor:
     client: str
     work: bool  # there may be a job for it
     rings: int  # of the bell before this was looked up
+    job: Planned | None = None  # that the path names, if it was looked up at once
 
 
 class Clients(Bearer):
-    """Lets clients pass; those who ask at the same moment are looked up together."""
+    """Lets clients pass; those who ask at the same moment are looked up together, with the jobs of their paths where it is wanted."""
+
+    def __init__(self, *, job: bool = False) -> None:
+        super().__init__()
+        self._job = job
 
     async def __call__(self, request: Request) -> Visitor:  # type: ignore[override]  # what it finds is what a route wants
         """Raises Unauthenticated, Forbidden."""
         parts, secret = _parts(request), await self.secret(request)
         rings = parts.bell.rings
-        found = await parts.desk.look(access.digest(secret)) if secret else None
+        named = request.path_params["job"] if self._job else ""
+        # What comes before the path was checked must not spoil the look of others.
+        job = named if re.fullmatch(ID, named) else None
+        found = await parts.desk.look(access.digest(secret), job) if secret else None
         if found is not None:
-            return Visitor(found.client, found.work, rings)
+            return Visitor(found.client, found.work, rings, found.job)
         # That says why not; or it has become a client at this moment.
         caller = await run_in_threadpool(_identified, parts, secret, (Kind.client,))
         return Visitor(caller.id, work=False, rings=rings)
@@ -85,11 +97,12 @@ def _identified(parts: Context, secret: str | None, kinds: Collection[Kind]) -> 
 
 
 Device = Annotated[Visitor, Depends(Clients())]
+Bringer = Annotated[Visitor, Depends(Clients(job=True))]
 Newcomer = Annotated[Caller, Depends(Only(Kind.enrolment))]
 READERS = [Depends(Only(Kind.admin, Kind.viewer))]
 ADMINS = [Depends(Only(Kind.admin))]
 
-Id = Annotated[str, Path(pattern=r"^[a-z]+-[0-9a-f]{16}$", description="as the coordinator gave it out")]
+Id = Annotated[str, Path(pattern=ID, description="as the coordinator gave it out")]
 Number = Annotated[int, Path(ge=0, le=10**6)]
 Limit = Annotated[int, Query(ge=1, le=500, description="rows per page")]
 Cursor = Annotated[str | None, Query(max_length=300, description="`next` of the page before")]

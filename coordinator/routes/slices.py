@@ -17,8 +17,8 @@ from coordinator.errands import Stored
 from coordinator.jobs import Holder
 from coordinator.parts import Standing, Whole
 from coordinator.problems import binary, documented
-from coordinator.routes.requests import COMMON, Device, Id, Parts
-from coordinator.uploads import Spooled
+from coordinator.routes.requests import COMMON, Bringer, Device, Id, Parts
+from coordinator.uploads import Body, Spooled
 from protocol import crash, errors
 from protocol.crash import Point
 from protocol.messages import SliceReceipt
@@ -46,7 +46,10 @@ PROGRESS = {"Upload-Offset": {"description": "bytes that are here for good", "sc
 ContentLength = Annotated[int | None, Header(ge=0, le=2**53)]
 
 
-async def sender(job: Id, caller: Device, lease_epoch: Annotated[int, Header(ge=1, le=2**53, description="epoch of the lease")]) -> Holder:
+Epoch = Annotated[int, Header(ge=1, le=2**53, description="epoch of the lease")]
+
+
+async def sender(job: Id, caller: Device, lease_epoch: Epoch) -> Holder:
     """Who sends the slice of the job that the path names."""
     return Holder(caller.client, job, lease_epoch)
 
@@ -57,19 +60,22 @@ From = Annotated[Holder, Depends(sender)]
 @router.put("/jobs/{job}/slice", responses=documented(*SENT), openapi_extra=BODY)
 async def put_slice(
     request: Request,
-    sender: From,
+    job: Id,
+    caller: Bringer,
     context: Parts,
     content_length: ContentLength = None,
     repr_digest: Annotated[str | None, Header(max_length=300, description="`sha-256=:<base64>:` of the slice (RFC 9530)")] = None,
+    *,
+    lease_epoch: Epoch,
 ) -> SliceReceipt:
     """Send the trained slice, whole. What cannot count ends the job: it is rejected with its reason."""
-    wanted = await run_in_threadpool(_wanted, context, sender)
+    sender = Holder(caller.client, job, lease_epoch)
+    wanted = jobs.wanted(caller.job, sender) if caller.job else await run_in_threadpool(_wanted, context, sender)
     announced = uploads.announced_digest(repr_digest)
-    async with _receive(request, context, wanted.largest, content_length) as spooled:
-        if spooled.fault is not None:
-            raise spooled.fault
-        uploads.check_digest(spooled, announced)
-        return await _name(context, await uploads.in_turn(partial(_store, context, sender, wanted, spooled)))
+    async with _receive(request, context, wanted.largest, content_length) as body:
+        if body.fault is not None:
+            raise body.fault
+        return await _name(context, await uploads.in_turn(partial(_take, context, sender, wanted, body, announced)))
 
 
 @router.head(
@@ -116,13 +122,13 @@ async def patch_slice(
     if found.complete:
         return SliceReceipt(digest=whole.digest, bytes=whole.length)
     largest = min(parts.LONGEST, whole.length - upload_offset)
-    async with _receive(request, context, largest, content_length) as spooled:
-        if upload_offset + spooled.length == whole.length:
-            stored = await uploads.in_turn(partial(_finish, context, sender, wanted, whole, spooled))
+    async with _receive(request, context, largest, content_length) as body:
+        if upload_offset + body.length == whole.length:
+            stored = await uploads.in_turn(partial(_finish, context, sender, wanted, whole, body))
             return SliceReceipt(digest=whole.digest, bytes=whole.length) if stored is None else await _name(context, stored)
-        offset = await uploads.in_turn(partial(_keep, context, sender, whole, upload_offset, spooled))
-        if spooled.fault is not None:
-            raise type(spooled.fault)(spooled.fault.detail, offset=offset, length=whole.length)
+        offset = await uploads.in_turn(partial(_keep, context, sender, whole, upload_offset, body))
+        if body.fault is not None:
+            raise type(body.fault)(body.fault.detail, offset=offset, length=whole.length)
     return Response(status_code=204, headers={"Upload-Offset": str(offset)})
 
 
@@ -133,7 +139,7 @@ def _whole(repr_digest: str, length: int) -> Whole:
     return Whole(digest, length)
 
 
-def _receive(request: Request, context: Context, largest: int, announced: int | None) -> AbstractAsyncContextManager[Spooled]:
+def _receive(request: Request, context: Context, largest: int, announced: int | None) -> AbstractAsyncContextManager[Body]:
     settings = context.settings
     return uploads.receive(request.stream(), settings.spool_folder, largest=largest, announced=announced, stall=settings.stall_seconds)
 
@@ -153,11 +159,12 @@ def _expected(context: Context, sender: Holder, whole: Whole, offset: int) -> tu
         return wanted, parts.expect(session, sender, whole, offset)
 
 
-def _keep(context: Context, sender: Holder, whole: Whole, start: int, spooled: Spooled) -> int:
+def _keep(context: Context, sender: Holder, whole: Whole, start: int, body: Body) -> int:
     """Store a part and note it; gives the offset behind it."""
-    if not spooled.length:
+    if not body.length:
         return start
-    blob = context.blobs.put_file(spooled.path, spooled.digest)
+    with body.spooled() as spooled:
+        blob = context.blobs.put_file(spooled.path, spooled.digest)
     crash.reached(Point.part_blob_kept)
     with context.database.write(Point.part_committed) as session:
         offset = parts.add(session, context.blobs, sender, whole, start, blob, context.database.clock(session))
@@ -166,20 +173,27 @@ def _keep(context: Context, sender: Holder, whole: Whole, start: int, spooled: S
     return offset
 
 
-def _finish(context: Context, sender: Holder, wanted: jobs.Upload, whole: Whole, last: Spooled) -> Stored | None:
+def _finish(context: Context, sender: Holder, wanted: jobs.Upload, whole: Whole, body: Body) -> Stored | None:
     """Join the parts that are here to the last one, and store the slice; nothing where it is stored already."""
     with context.database.read() as session:
-        before = parts.stored(session, sender, whole, whole.length - last.length)
+        before = parts.stored(session, sender, whole, whole.length - body.length)
     if before is None:  # the same part came twice at once, and the other was quicker
         return None
     try:
-        with uploads.joined(context.blobs, before, last, context.settings.spool_folder) as spooled:
+        with body.spooled() as last, uploads.joined(context.blobs, before, last, context.settings.spool_folder) as spooled:
             uploads.check_digest(spooled, whole.digest)
             return _store(context, sender, wanted, spooled)
     except errors.DigestMismatch:
         with context.database.write() as session:
             parts.drop(session, sender.job)
         raise
+
+
+def _take(context: Context, sender: Holder, wanted: jobs.Upload, body: Body, announced: str | None) -> Stored:
+    """Store a slice that came in one piece."""
+    with body.spooled() as spooled:
+        uploads.check_digest(spooled, announced)
+        return _store(context, sender, wanted, spooled)
 
 
 def _store(context: Context, sender: Holder, wanted: jobs.Upload, spooled: Spooled) -> Stored:
@@ -237,6 +251,8 @@ def get_blob(
     headers["Content-Length"] = str(stop - start)
     body = context.blobs.chunks(digest, start, stop, PIECE)
     code = 206 if "Content-Range" in headers else 200
+    if stop - start <= PIECE:  # handing one piece from thread to thread takes longer than reading it
+        return Response(b"".join(body), status_code=code, headers=headers, media_type="application/octet-stream")
     return StreamingResponse(body, status_code=code, headers=headers, media_type="application/octet-stream")
 
 

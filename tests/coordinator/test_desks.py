@@ -121,6 +121,18 @@ async def test_who_ask_at_once_are_each_told_who_they_are(federation: Federation
     assert sum(found.work for found in told[:2] if found is not None) == 1
 
 
+async def test_jobs_are_looked_up_together_with_those_who_ask_about_them(federation: Federation) -> None:
+    one, other = await federation.enrol_many(2)
+    await federation.open(make_plan(evaluation={"every": 0}, cohort={"target": 2, "quorum": 2}))
+    mine, theirs = await one.take(), await other.take()
+    digest, asked = access.digest(str(one.secret)), (mine.id, theirs.id, None, "job-0000000000000000")
+
+    told = await asyncio.wait_for(asyncio.gather(*(federation.parts.desk.look(digest, job) for job in asked)), SOON)
+
+    assert [found and found.client for found in told] == [one.id] * 4
+    assert [found and found.job and found.job.job.id for found in told] == [mine.id, theirs.id, None, None]
+
+
 async def test_a_look_that_fails_is_told_to_all_who_asked_and_the_next_one_is_made(federation: Federation) -> None:
     (device,) = await federation.enrol_many(1)
     desk, digest = federation.parts.desk, access.digest(str(device.secret))
