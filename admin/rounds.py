@@ -145,7 +145,7 @@ def _manifest(manifest: Manifest) -> RenderableType:
         ("plan", manifest.plan),
         ("made from", manifest.previous or ""),
         ("and from", manifest.earlier or ""),
-        ("made with", software),
+        ("made with", f"{software}; merged on {manifest.device}"),
     ]
     columns = ("merged", "rank", "share", "of its change", "versions ago", "slice", "started from")
     rows = [_input(input) for input in manifest.inputs]

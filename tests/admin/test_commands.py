@@ -168,7 +168,7 @@ async def test_a_round_shows_what_its_bytes_follow_from_and_whether_they_were_gi
         retention.forget(session, 1, desk.federation.clock.now)
     after = desk.say("rounds", "show", run, 1)
 
-    for fact in (manifest.plan, manifest.previous, f"torch {torch.__version__}", digest(manifest.inputs[0].digest)):
+    for fact in (manifest.plan, manifest.previous, f"torch {torch.__version__}", "merged on cpu", digest(manifest.inputs[0].digest)):
         assert str(fact) in before
     assert "given up" not in before
     assert "given up       contributions and slices, by the retention policy; the adapter stays" in after
