@@ -14,7 +14,8 @@ from pydantic import BaseModel, SecretStr
 
 from agent.answers import read, seconds_after
 from agent.connection import ANSWER_SECONDS, BRIEF, ONCE, Connection, Retry
-from agent.transfers import PART, Download, Moved, Upload, silent
+from agent.downloads import Download, Moved, silent
+from agent.transfers import PART, Upload
 from protocol.messages import (
     BlobRef,
     ClientSelf,

@@ -11,7 +11,7 @@ import ipaddress
 import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -83,6 +83,7 @@ class Connection:
     ) -> None:
         check_transport(url, insecure=insecure)
         self.url = url
+        self._insecure = insecure
         self._credential = credential
         self._retry = retry
         self._sleep = sleep
@@ -132,6 +133,30 @@ class Connection:
     def stream(self, path: str, headers: dict[str, str]) -> AbstractAsyncContextManager[httpx.Response]:
         """A body that is read as it comes."""
         return self._http.stream("GET", path, headers={**self._headers(), **headers})
+
+    @asynccontextmanager
+    async def elsewhere(
+        self,
+        method: str,
+        address: str,
+        headers: dict[str, str],
+        content: AsyncIterator[bytes] | None = None,
+        patience: float = ANSWER_SECONDS,
+    ) -> AsyncIterator[httpx.Response]:
+        """What another host answers; our credential does not go there. Raises Unavailable, and never tells the address."""
+        timeout = httpx.Timeout(ANSWER_SECONDS, read=patience, connect=10.0)
+        try:
+            check_transport(address, insecure=self._insecure)
+            async with self._http.stream(method, address, headers=headers, content=content, timeout=timeout) as response:
+                if not response.is_success:
+                    raise errors.Unavailable(f"the object store answered {response.status_code}; the coordinator is asked instead")
+                yield response
+        except (errors.InsecureTransport, errors.InvalidRequest):
+            raise errors.Unavailable("the object store's address is not HTTPS; the coordinator is asked instead") from None
+        except httpx.TransportError as error:
+            raise errors.Unavailable(
+                f"the object store does not answer ({type(error).__name__}); the coordinator is asked instead"
+            ) from error
 
     async def repeat(self, once: Callable[[], Awaitable[T]], retry: Retry | None = None, moved: Callable[[], int] = lambda: 0) -> T:
         """The answer in the end. An attempt after which `moved` is larger than ever before does not count as failed.

@@ -1,4 +1,4 @@
-"""Slices on their way: a connection that is cut at any byte costs no more than the bytes that were on it.
+"""Trained slices on their way: a connection that is cut at any byte costs no more than the bytes that were on it.
 
 Files are read and written a block at a time, so that memory does not grow with the slice; how large a block and a part are,
 the link decides.
@@ -6,10 +6,7 @@ the link decides.
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import hashlib
-import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +14,11 @@ from time import monotonic
 
 import httpx
 
-from agent import durable
-from agent.answers import read, refusal
+from agent.answers import read
 from agent.connection import ANSWER_SECONDS, Connection
+from agent.downloads import Moved, silent
 from protocol import errors
-from protocol.messages import BlobRef, SliceReceipt
+from protocol.messages import BlobRef, SliceReceipt, UploadAddress
 
 BLOCK = 64 << 10  # bytes of a file read at a time; few enough for a very slow link to take them before it counts as dead
 LARGEST_BLOCK = 1 << 20  # once the link takes them at once: each costs the same, however many bytes it has
@@ -30,83 +27,14 @@ PART = 8 << 20  # bytes of a slice sent in one request, where it is not known wh
 PART_SECONDS = 30.0  # that a larger part may take: so much is lost at most when the coordinator dies
 SMALLEST_PART, LARGEST_PART = 64 << 10, 256 << 20
 CHECKING_SECONDS = 300.0  # the coordinator checks and stores a whole slice, or a large part, before it answers
-Moved = Callable[[int], None]  # hears how many of the slice's bytes have gone or come
-
-
-def silent(_: int) -> None:
-    """Nobody listens."""
-
-
-@dataclass
-class Download:
-    """Immutable bytes on their way into a file. What has come stays beside it as `.part`, also when the process ends."""
-
-    connection: Connection
-    ref: BlobRef
-    file: Path
-    moved: Moved = silent
-    fetched: int = 0  # bytes that came over the network
-
-    async def run(self) -> int:
-        """Fetch what is still lacking; gives the bytes that travelled. The file is there only when it is whole and right.
-
-        Raises DigestMismatch, NotFound, InsufficientStorage, Unavailable.
-        """
-        if await self._right(self.file):
-            return 0
-        await self.connection.repeat(self._once, moved=self._have)
-        return self.fetched
-
-    @property
-    def part(self) -> Path:
-        """What has come so far."""
-        return self.file.with_name(self.file.name + ".part")
-
-    def _have(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    async def _once(self) -> None:
-        seen = await self._fetch(self._have()) if self._have() < self.ref.bytes else None
-        if seen != self.ref.digest and not await self._right(self.part):
-            came = self._have()
-            self.part.unlink(missing_ok=True)
-            raise errors.DigestMismatch(f"{self.ref.digest} should have {self.ref.bytes} bytes; {came} came, or their digest is another")
-        # Not made durable: what a power cut spoils is found by its digest, and fetched again.
-        self.part.replace(self.file)
-
-    async def _fetch(self, start: int) -> str | None:
-        """Fetch the rest; gives the digest of what came if it came in one go: then the file need not be read for it."""
-        asked = {"Range": f"bytes={start}-", "If-Range": f'"{self.ref.digest}"'} if start else {}
-        async with self.connection.stream(f"/v1/blobs/{self.ref.digest}", {"Accept-Encoding": "identity", **asked}) as response:
-            if not response.is_success:
-                await response.aread()
-                raise refusal(response)
-            if not _continues(response, start):
-                start = 0
-            seen = None if start else hashlib.sha256()
-            with durable.room_for(self.part), durable.opened(self.part, "ab" if start else "wb") as stream:
-                async for block in response.aiter_raw():
-                    stream.write(block)
-                    if seen is not None:
-                        seen.update(block)
-                    start, self.fetched = start + len(block), self.fetched + len(block)
-                    if start > self.ref.bytes:
-                        return None
-                    self.moved(start)
-        return None if seen is None else f"sha256:{seen.hexdigest()}"
-
-    async def _right(self, file: Path) -> bool:
-        return await asyncio.to_thread(durable.holds, file, self.ref)
-
-
-def _continues(response: httpx.Response, start: int) -> bool:
-    """Whether the body goes on where the file ends; otherwise it begins at the beginning."""
-    return response.status_code == 206 and re.match(rf"bytes {start}-", response.headers.get("Content-Range", "")) is not None
 
 
 @dataclass
 class Upload:
-    """A trained slice on its way to the coordinator: in one piece if it is small, otherwise in parts from an offset."""
+    """A trained slice on its way to the coordinator: in one piece if it is small, otherwise in parts from an offset.
+
+    A large one goes by way of the object store, if the coordinator has one that takes it; what fails there goes on in parts.
+    """
 
     connection: Connection
     path: str
@@ -130,10 +58,33 @@ class Upload:
         first, self.again = not self.again, True
         if first and self.ref.bytes <= PART:
             return read(await self._send("PUT", 0, self.ref.bytes, {}), SliceReceipt)
+        if first and (address := await self._address()) is not None:
+            return await self._directly(address)
         at = 0 if first else await self._stands()
         while isinstance(at, int):
             at = await self._part(at)
         return at
+
+    async def _address(self) -> str | None:
+        """Where the object store takes the slice; none where the coordinator takes it itself."""
+        try:
+            return read(await self.connection.once("POST", f"{self.path}/address", headers=self._own), UploadAddress).url
+        except errors.HLoRAError as error:  # why not, the first part is told too
+            if error.retryable:
+                raise
+            return None
+
+    async def _directly(self, address: str) -> SliceReceipt:
+        """Put the slice where the object store takes it, and let the coordinator look at it."""
+        length = {"Content-Length": str(self.ref.bytes)}
+        blocks = self._blocks(0, self.ref.bytes)
+        async with self.connection.elsewhere("PUT", address, length, blocks, CHECKING_SECONDS):
+            pass
+        return read(await self.connection.once("POST", self.path, headers=self._own, patience=CHECKING_SECONDS), SliceReceipt)
+
+    @property
+    def _own(self) -> dict[str, str]:
+        return {"Lease-Epoch": str(self.epoch), "Upload-Length": str(self.ref.bytes), "Repr-Digest": self._digest}
 
     async def _stands(self) -> int | SliceReceipt:
         """How many bytes the coordinator has; the receipt, if it has them all and has found them good."""

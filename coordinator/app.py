@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator import problems
+from coordinator.arrivals import Arrivals
 from coordinator.bell import Bell
 from coordinator.blobs import Blobs
 from coordinator.conductor import Conductor
@@ -25,7 +26,7 @@ from coordinator.executors import open_executor
 from coordinator.housekeeping import Housekeeping
 from coordinator.quarantine import Quarantine
 from coordinator.relay import relaying
-from coordinator.routes import agents, fleet, pages, quarantine, runs, slices
+from coordinator.routes import agents, direct, fetching, fleet, pages, quarantine, runs, slices
 from coordinator.settings import Settings
 from protocol import VERSION, errors
 
@@ -40,11 +41,17 @@ def build(settings: Settings, clock: Clock = database_clock) -> Context:
             f"blobs at {settings.blobs} are in this process alone; {settings.executor} would look for them in another: "
             "use threads://N, or keep the blobs at file:///FOLDER"
         )
+    if settings.direct_seconds is not None and not settings.blobs.startswith("s3://"):
+        raise errors.InvalidRequest(
+            f"HLORA_COORDINATOR_DIRECT_SECONDS needs an object store that signs addresses; nobody else reaches blobs at {settings.blobs}: "
+            "keep them in s3://BUCKET/PREFIX, or leave it unset"
+        )
     database = Database(settings.database, clock)
     blobs = Blobs.open(settings.blobs)
     executor = open_executor(settings.executor)
     bell = Bell()
     conductor = Conductor(database, blobs, executor, bell, pace=settings.poll_seconds)
+    arrivals = Arrivals.beside(settings.blobs, settings.direct_seconds) if settings.blobs.startswith("s3://") else None
     apart = Quarantine.beside(blobs, database, settings.quarantine_bytes, timedelta(days=settings.quarantine_days))
     return Context(
         settings=settings,
@@ -55,7 +62,8 @@ def build(settings: Settings, clock: Clock = database_clock) -> Context:
         desk=Desk(database),
         conductor=conductor,
         quarantine=apart,
-        housekeeping=Housekeeping(database, blobs, apart, settings),
+        arrivals=arrivals,
+        housekeeping=Housekeeping(database, blobs, apart, arrivals, settings),
     )
 
 
@@ -71,7 +79,7 @@ def create_app(context: Context) -> FastAPI:
     )
     app.state.context = context
     problems.install(app)
-    for router in (agents.router, slices.router, pages.public, pages.reading):
+    for router in (agents.router, slices.router, fetching.router, direct.router, pages.public, pages.reading):
         app.include_router(router)
     for operators in (runs, fleet, quarantine):
         app.include_router(operators.reading)

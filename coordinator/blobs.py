@@ -57,7 +57,7 @@ class Blobs:
     def put(self, data: bytes) -> BlobRef:
         """Keep some bytes."""
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
-        with _translated(digest):
+        with translated(digest):
             self._store.write(_key(digest), data)
         return BlobRef(digest=digest, bytes=len(data))
 
@@ -67,7 +67,7 @@ class Blobs:
         Where it can, the store takes the very file under the blob's name too: nobody may write to it any more.
         """
         digest = digest or file_digest(path)
-        with _translated(digest):
+        with translated(digest):
             self._store.write(_key(digest), path)
         return BlobRef(digest=digest, bytes=path.stat().st_size)
 
@@ -79,7 +79,7 @@ class Blobs:
         """Bytes start … stop − 1 of a blob, in memory that is the caller's. Raises NotFound; TruncatedBody where the blob ends before."""
         if start >= stop:
             return bytearray()
-        with _translated(digest):
+        with translated(digest):
             data = self._store.read(_key(digest), start, stop)
         if len(data) < stop - start:
             raise errors.TruncatedBody(f"bytes {start} to {stop} of {digest} were wanted; it ends at {start + len(data)}")
@@ -87,7 +87,7 @@ class Blobs:
 
     def begin(self, digest: str, count: int) -> tuple[bytearray, int]:
         """A blob's first bytes, so many or all of them, and its length, in one request. Raises NotFound."""
-        with _translated(digest):
+        with translated(digest):
             return self._store.begin(_key(digest), count)
 
     @property
@@ -102,12 +102,17 @@ class Blobs:
 
     def _chunks(self, digest: str, start: int, stop: int, size: int) -> Iterator[bytes]:
         if start < stop:
-            with _translated(digest):
+            with translated(digest):
                 yield from self._store.stream(_key(digest), start, stop, size)
+
+    def address(self, digest: str, seconds: float) -> str | None:
+        """Where anybody may fetch the blob for so long, without a credential; none where the store cannot sign."""
+        with translated(digest):
+            return self._store.address("GET", _key(digest), seconds)
 
     def size(self, digest: str) -> int:
         """A blob's length in bytes."""
-        with _translated(digest):
+        with translated(digest):
             return self._store.size(_key(digest))
 
     def exists(self, digest: str) -> bool:
@@ -120,12 +125,12 @@ class Blobs:
 
     def delete(self, digest: str) -> None:
         """Forget a blob; one that is not here is forgotten already."""
-        with suppress(errors.NotFound), _translated(digest):
+        with suppress(errors.NotFound), translated(digest):
             self._store.delete(_key(digest))
 
     def digests(self) -> Iterator[StoredBlob]:
         """Every blob, in no order."""
-        with _translated("the list of blobs"):
+        with translated("the list of blobs"):
             for key, size, modified in self._store.entries():
                 if match := _KEY.fullmatch(key):
                     yield StoredBlob(f"sha256:{match[1]}", size, modified)
@@ -148,7 +153,8 @@ def _key(digest: str) -> str:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
+    """Foreign errors of a store as ours: NotFound, InsufficientStorage, Unavailable."""
     try:
         with room():
             yield

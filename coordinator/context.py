@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from coordinator.arrivals import Arrivals
 from coordinator.bell import Bell
 from coordinator.blobs import Blobs
 from coordinator.conductor import Conductor
@@ -27,6 +28,7 @@ class Context:
     desk: Desk
     conductor: Conductor
     quarantine: Quarantine
+    arrivals: Arrivals | None  # where blobs lie in no object store there are none
     housekeeping: Housekeeping
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from coordinator import events, parts, retention, sweeping
+from coordinator.arrivals import Arrivals
 from coordinator.blobs import Blobs
 from coordinator.database import Database
 from coordinator.quarantine import Quarantine
@@ -30,8 +31,9 @@ EVENTS = 5000  # deleted in one transaction
 class Housekeeping:
     """The chores of a coordinator, in the order in which one makes work for the next."""
 
-    def __init__(self, database: Database, blobs: Blobs, quarantine: Quarantine, settings: Settings) -> None:
+    def __init__(self, database: Database, blobs: Blobs, quarantine: Quarantine, arrivals: Arrivals | None, settings: Settings) -> None:
         self._database, self._blobs, self._quarantine, self._settings = database, blobs, quarantine, settings
+        self._arrivals = arrivals
         self._every = timedelta(seconds=settings.housekeeping_seconds)
         self._stop = threading.Event()
         self.swept = 0  # orphan blobs deleted by this process
@@ -68,6 +70,7 @@ class Housekeeping:
             "events": self._events,
             "blobs": self._orphans,
             "files": self._files,
+            "arrivals": self._arrived,
         }
         done: dict[str, int] = {}
         for name, chore in chores.items():
@@ -120,6 +123,9 @@ class Housekeeping:
 
     def _files(self, _: datetime) -> int:
         return sweeping.clear(sweeping.leftovers(self._blobs, self._settings.spool_folder))
+
+    def _arrived(self, now: datetime) -> int:
+        return 0 if self._arrivals is None else self._arrivals.sweep(self._grace(now))
 
     def _grace(self, now: datetime) -> datetime:
         return now - timedelta(seconds=self._settings.sweep_grace_seconds)

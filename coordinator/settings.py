@@ -16,6 +16,13 @@ class Settings(BaseSettings):
     data: Path = Field(default=Path("hlora-data"), description="folder of the default database, blobs and spool")
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; by default a SQLite file in the data folder")
     blobs_url: str | None = Field(default=None, description="obstore URL; by default files in the data folder")
+    direct_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        le=604800,
+        description="large slices go straight from and to the object store, at signed addresses that are good for so long; "
+        "by default everything goes through the coordinator",
+    )
     spool: Path | None = Field(default=None, description="folder of unfinished uploads and merges; by default in the data folder")
     executor: str = Field(
         default="threads://", description="where modules are merged: threads://N, processes://N, cuda://N or dask://HOST:PORT"

@@ -1,4 +1,4 @@
-"""Where blobs lie: a folder or an object store, behind five verbs. Keys come from `blobs.py` and are safe as paths."""
+"""Where blobs lie: a folder or an object store, behind a few verbs. Keys come from `blobs.py` and are safe as paths."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 from urllib.parse import unquote
 
 import obstore
@@ -19,6 +19,7 @@ from obstore.store import MemoryStore, ObjectStore, S3Store
 
 from protocol import errors
 
+Method = Literal["GET", "PUT"]
 COPY = 1 << 20  # bytes copied at a time
 
 
@@ -35,6 +36,7 @@ class Store(Protocol):
     def delete(self, key: str) -> None: ...
     def entries(self) -> Iterator[tuple[str, int, datetime]]: ...
     def unfinished(self) -> Iterator[Path]: ...
+    def address(self, method: Method, key: str, seconds: float) -> str | None: ...
 
 
 def open_store(url: str) -> Store:
@@ -125,6 +127,9 @@ class Folder:
     def unfinished(self) -> Iterator[Path]:
         return self._staging.iterdir()
 
+    def address(self, method: Method, key: str, seconds: float) -> str | None:
+        return None  # nobody else can look into it
+
 
 class Remote:
     """An object store: its own puts are atomic and durable."""
@@ -161,6 +166,9 @@ class Remote:
 
     def unfinished(self) -> Iterator[Path]:
         return iter(())  # parts of cut-off puts are the bucket's to expire
+
+    def address(self, method: Method, key: str, seconds: float) -> str | None:
+        return obstore.sign(self._store, method, key, timedelta(seconds=seconds)) if isinstance(self._store, S3Store) else None
 
 
 def read_at(file: FileIO, start: int, stop: int) -> bytearray:

@@ -170,21 +170,28 @@ def joined(blobs: Blobs, parts: Sequence[str], last: Spooled, folder: Path) -> I
     if not parts:
         yield last
         return
-    spool = _Spool(folder)
-    try:
-        _join(spool, blobs, parts)
-        with last.path.open("rb") as file:
-            yield spool.end(iter(lambda: file.read(BATCH), b""))
-    finally:
-        spool.drop()
+    with gathered(_pieces(blobs, parts, last), folder) as whole:
+        yield whole
 
 
-def _join(spool: _Spool, blobs: Blobs, parts: Sequence[str]) -> None:
+def _pieces(blobs: Blobs, parts: Sequence[str], last: Spooled) -> Iterator[bytes]:
     try:
         for part in parts:
-            spool.write(blobs.chunks(part))
+            yield from blobs.chunks(part)
     except errors.NotFound as error:
         raise errors.DigestMismatch(f"a part of the slice was lost: {error}; send the slice again") from error
+    with last.path.open("rb") as file:
+        yield from iter(lambda: file.read(BATCH), b"")
+
+
+@contextmanager
+def gathered(chunks: Iterable[bytes], folder: Path) -> Iterator[Spooled]:
+    """Bytes in a file, which is gone when the block ends. Raises InsufficientStorage where there is no room for it."""
+    spool = _Spool(folder)
+    try:
+        yield spool.end(chunks)
+    finally:
+        spool.drop()
 
 
 def announced_digest(repr_digest: str | None) -> str | None:

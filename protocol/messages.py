@@ -211,6 +211,12 @@ class SliceReceipt(Strict):
     bytes: Bytes
 
 
+class UploadAddress(Strict):
+    """Where the object store takes a slice for a while: a secret, for whoever has it may put bytes there."""
+
+    url: str = Field(max_length=8192)
+
+
 class ResultReceipt(Strict):
     """The result is recorded."""
 

@@ -1,15 +1,13 @@
-"""Slices on the wire: the one to start from, in ranges; the trained one, whole or in parts."""
+"""Trained slices on the wire, whole or in parts."""
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Path, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
 
 from coordinator import errands, jobs, parts, uploads
 from coordinator.context import Context
@@ -22,9 +20,7 @@ from coordinator.uploads import Body, Spooled
 from protocol import crash, errors
 from protocol.crash import Point
 from protocol.messages import SliceReceipt
-from protocol.strict import Digest
 
-PIECE = 1 << 18  # bytes of a blob read at a time: of each fetch under way two are in memory
 router = APIRouter(prefix="/v1", tags=["agents"])
 HELD = (*COMMON, errors.NotFound, errors.StaleLease, errors.JobOver, errors.Conflict)
 SENT = (
@@ -71,11 +67,11 @@ async def put_slice(
     """Send the trained slice, whole. What cannot count ends the job: it is rejected with its reason."""
     sender = Holder(caller.client, job, lease_epoch)
     wanted = jobs.wanted(caller.job, sender) if caller.job else await run_in_threadpool(_wanted, context, sender)
-    announced = uploads.announced_digest(repr_digest)
+    digest = uploads.announced_digest(repr_digest)
     async with _receive(request, context, wanted.largest, content_length) as body:
         if body.fault is not None:
             raise body.fault
-        return await _name(context, await uploads.in_turn(partial(_take, context, sender, wanted, body, announced)))
+        return await name(context, await uploads.in_turn(partial(_take, context, sender, wanted, body, digest)))
 
 
 @router.head(
@@ -116,7 +112,7 @@ async def patch_slice(
     content_length: ContentLength = None,
 ) -> SliceReceipt | Response:
     """Send the next bytes of the trained slice, as many as the link allows. What came before a cut counts."""
-    whole = _whole(repr_digest, upload_length)
+    whole = announced(repr_digest, upload_length)
     wanted, found = await run_in_threadpool(_expected, context, sender, whole, upload_offset)
     response.headers["Upload-Offset"] = str(whole.length)
     if found.complete:
@@ -125,14 +121,15 @@ async def patch_slice(
     async with _receive(request, context, largest, content_length) as body:
         if upload_offset + body.length == whole.length:
             stored = await uploads.in_turn(partial(_finish, context, sender, wanted, whole, body))
-            return SliceReceipt(digest=whole.digest, bytes=whole.length) if stored is None else await _name(context, stored)
+            return SliceReceipt(digest=whole.digest, bytes=whole.length) if stored is None else await name(context, stored)
         offset = await uploads.in_turn(partial(_keep, context, sender, whole, upload_offset, body))
         if body.fault is not None:
             raise type(body.fault)(body.fault.detail, offset=offset, length=whole.length)
     return Response(status_code=204, headers={"Upload-Offset": str(offset)})
 
 
-def _whole(repr_digest: str, length: int) -> Whole:
+def announced(repr_digest: str, length: int) -> Whole:
+    """The slice that a request's headers tell of. Raises InvalidRequest."""
     digest = uploads.announced_digest(repr_digest)
     if digest is None:
         raise errors.InvalidRequest("Repr-Digest must hold `sha-256=:<base64>:` of the whole slice")
@@ -151,12 +148,16 @@ def _wanted(context: Context, sender: Holder) -> jobs.Upload:
 
 def _expected(context: Context, sender: Holder, whole: Whole, offset: int) -> tuple[jobs.Upload, Standing]:
     with context.database.read() as session:
-        wanted = jobs.upload(session, sender)
-        if whole.length > wanted.largest:
-            raise errors.TooLarge(
-                f"the slice is announced with {whole.length} bytes; this job's has at most {wanted.largest}", largest=wanted.largest
-            )
-        return wanted, parts.expect(session, sender, whole, offset)
+        return expected(jobs.upload(session, sender), whole.length), parts.expect(session, sender, whole, offset)
+
+
+def expected(wanted: jobs.Upload, length: int) -> jobs.Upload:
+    """What a slice of so many bytes must be. Raises TooLarge where it cannot be."""
+    if length > wanted.largest:
+        raise errors.TooLarge(
+            f"the slice is announced with {length} bytes; this job's has at most {wanted.largest}", largest=wanted.largest
+        )
+    return wanted
 
 
 def _keep(context: Context, sender: Holder, whole: Whole, start: int, body: Body) -> int:
@@ -182,21 +183,21 @@ def _finish(context: Context, sender: Holder, wanted: jobs.Upload, whole: Whole,
     try:
         with body.spooled() as last, uploads.joined(context.blobs, before, last, context.settings.spool_folder) as spooled:
             uploads.check_digest(spooled, whole.digest)
-            return _store(context, sender, wanted, spooled)
+            return store(context, sender, wanted, spooled)
     except errors.DigestMismatch:
         with context.database.write() as session:
             parts.drop(session, sender.job)
         raise
 
 
-def _take(context: Context, sender: Holder, wanted: jobs.Upload, body: Body, announced: str | None) -> Stored:
+def _take(context: Context, sender: Holder, wanted: jobs.Upload, body: Body, digest: str | None) -> Stored:
     """Store a slice that came in one piece."""
     with body.spooled() as spooled:
-        uploads.check_digest(spooled, announced)
-        return _store(context, sender, wanted, spooled)
+        uploads.check_digest(spooled, digest)
+        return store(context, sender, wanted, spooled)
 
 
-def _store(context: Context, sender: Holder, wanted: jobs.Upload, spooled: Spooled) -> Stored:
+def store(context: Context, sender: Holder, wanted: jobs.Upload, spooled: Spooled) -> Stored:
     """Check a slice that came whole, and keep it; one that cannot count ends the job."""
     try:
         norm = uploads.check(spooled, wanted, context.blobs)
@@ -214,56 +215,7 @@ def _store(context: Context, sender: Holder, wanted: jobs.Upload, spooled: Spool
     return Stored(sender, blob, norm, context.blobs)
 
 
-async def _name(context: Context, stored: Stored) -> SliceReceipt:
+async def name(context: Context, stored: Stored) -> SliceReceipt:
     """Let the job name its slice. Blob before row: a crash between them leaves an orphan, never a row without bytes."""
     blob = await context.desk.bring(errands.keep, stored.holder.client, stored, Point.slice_committed)
     return SliceReceipt(digest=blob.digest, bytes=blob.bytes)
-
-
-@router.get(
-    "/blobs/{digest}",
-    response_class=StreamingResponse,
-    responses={
-        200: {"description": "the bytes", "content": binary("application/octet-stream")},
-        206: {"description": "the range that was asked for"},
-        304: {"description": "the client has it"},
-        **documented(*COMMON, errors.NotFound, errors.RangeNotSatisfiable),
-    },
-)
-def get_blob(
-    digest: Annotated[Digest, Path()],
-    caller: Device,
-    context: Parts,
-    range: Annotated[str | None, Header(max_length=200, description="one range, such as `bytes=1000-`")] = None,
-    if_none_match: Annotated[str | None, Header(max_length=400)] = None,
-) -> Response:
-    """A slice that one of the client's jobs names. Its name is its digest, so it never changes."""
-    with context.database.read() as session:
-        if not jobs.may_read(session, caller.client, digest):
-            raise errors.NotFound(f"no job of this client names {digest}")
-    headers = {"ETag": f'"{digest}"', "Cache-Control": "private, immutable, max-age=31536000", "Accept-Ranges": "bytes"}
-    if if_none_match is not None and f'"{digest}"' in if_none_match:
-        return Response(status_code=304, headers=headers)
-    size = context.blobs.size(digest)
-    start, stop = _range(range, size)
-    if (start, stop) != (0, size):
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-    headers["Content-Length"] = str(stop - start)
-    body = context.blobs.chunks(digest, start, stop, PIECE)
-    code = 206 if "Content-Range" in headers else 200
-    if stop - start <= PIECE:  # handing one piece from thread to thread takes longer than reading it
-        return Response(b"".join(body), status_code=code, headers=headers, media_type="application/octet-stream")
-    return StreamingResponse(body, status_code=code, headers=headers, media_type="application/octet-stream")
-
-
-def _range(header: str | None, size: int) -> tuple[int, int]:
-    """The half-open byte range that is asked for; what is not one range of bytes is passed over, as RFC 9110 allows."""
-    found = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", (header or "").strip())
-    if found is None or found.groups() == ("", ""):
-        return 0, size
-    first, last = found.groups()
-    start = int(first) if first else max(0, size - int(last))
-    stop = min(size, int(last) + 1) if first and last else size
-    if start >= stop:
-        raise errors.RangeNotSatisfiable(f"the blob has {size} bytes; the range {header} lies outside", size=size)
-    return start, stop

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from agent.loop import Step
 from agent.policy import Policy
 from agent.training import Outcome, Tell, Trainer
+from coordinator.tables import Event
 from coordinator.tables import Job as JobRow
 from modelling.layout import resolve
 from protocol import errors
@@ -81,6 +82,9 @@ async def test_a_refused_job_is_given_back_with_its_reason(
     async with looping(federation, device, refusing(error), tmp_path) as loop:
         assert await loop.step() is Step.given_back
     assert await last_job(federation, run) == (JobState.released, error.detail)
+    with federation.parts.database.read() as session:
+        (released,) = session.scalars(select(Event).where(Event.kind == "job-released"))
+    assert released.facts["refusal"] == problem
 
 
 async def test_a_job_that_only_the_network_kept_from_being_done_is_taken_up_again(federation: Federation, tmp_path: Path) -> None:

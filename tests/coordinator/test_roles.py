@@ -218,6 +218,8 @@ async def test_a_client_sees_nothing_of_another(federation: Federation) -> None:
         ("PUT", f"/v1/jobs/{job.id}/slice", {"content": b"x", "headers": {"Lease-Epoch": "1"}}),
         ("HEAD", f"/v1/jobs/{job.id}/slice", {"headers": {"Lease-Epoch": "1"}}),
         ("PATCH", f"/v1/jobs/{job.id}/slice", {"content": b"x", "headers": {"Lease-Epoch": "1", **part}}),
+        ("POST", f"/v1/jobs/{job.id}/slice/address", {"headers": {"Lease-Epoch": "1", **part}}),
+        ("POST", f"/v1/jobs/{job.id}/slice", {"headers": {"Lease-Epoch": "1", **part}}),
         ("PUT", f"/v1/jobs/{job.id}/result", {"json": {"epoch": 1, "slice": receipt.digest, "examples": 5}}),
         ("GET", f"/v1/blobs/{receipt.digest}", {}),
     ]

@@ -1,13 +1,13 @@
 """A bucket in this process: as much of S3 over HTTP as the blob store asks for.
 
-It signs and checks nothing. Objects are whole or not there at all, as with the real one.
+It checks no signature. Objects are whole or not there at all, as with the real one.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +31,9 @@ class Bucket:
     numbers: Iterator[int] = field(default_factory=count)
     asked: list[str] = field(default_factory=list)  # method, key and range of what was read
     together: threading.Barrier | None = None  # so many are read at the same moment, or none
+    signed: list[Mapping[str, str]] = field(default_factory=list)  # headers of what came to signed addresses, names in small letters
+    closed: bool = False  # signed addresses are good no more
+    cuts: Iterator[int] = field(default_factory=lambda: iter(()))  # after how many bytes each answer to them breaks off
 
 
 def settings(bucket: Bucket) -> dict[str, str]:
@@ -62,6 +65,7 @@ def bucket() -> Iterator[Bucket]:
 class _Handler(BaseHTTPRequestHandler):
     bucket: Bucket
     protocol_version = "HTTP/1.1"
+    cut: int | None = None  # bytes of this answer's body
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing is printed."""
@@ -79,10 +83,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: self.cut])
+        if self.cut is not None:
+            self.close_connection = True
+
+    def _may_pass(self) -> bool:
+        """Whether a signed address is good; who came to it is noted."""
+        self.bucket.signed.append({name.lower(): value for name, value in self.headers.items()})
+        return not self.bucket.closed
 
     def do_PUT(self) -> None:
         key, query, body = self._asked()
+        if "X-Amz-Signature" in query and not self._may_pass():
+            self._answer(403)
+            return
         if "uploadId" in query:
             self.bucket.uploads[query["uploadId"]][int(query["partNumber"])] = body
         else:
@@ -108,8 +122,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         key, query, _ = self._asked()
+        self.cut = next(self.bucket.cuts, None) if "X-Amz-Signature" in query else None
         if "list-type" in query:
             return self._list(query)
+        if "X-Amz-Signature" in query and not self._may_pass():
+            return self._answer(403, b"<Error><Code>AccessDenied</Code></Error>")
         self.bucket.asked.append(f"{self.command} {key} {self.headers.get('Range', '')}")
         if self.bucket.together is not None:
             self.bucket.together.wait(timeout=30)
@@ -117,10 +134,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
         data = self.bucket.objects[key]
         about = {"ETag": _etag(data), "Last_Modified": formatdate(usegmt=True)}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
             return self._answer(200, data, **about)
-        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+        start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
         if start >= len(data):
             return self._answer(416)
         return self._answer(206, data[start:stop], Content_Range=f"bytes {start}-{stop - 1}/{len(data)}", **about)
