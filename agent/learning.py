@@ -181,15 +181,35 @@ def mean(losses: Sequence[Metric]) -> Metric:
     return Metric(value=sum(loss.value * loss.weight for loss in losses) / weight, weight=weight)
 
 
-@torch.no_grad()
-def measure(adapted: Adapted, setting: Setting, examples: Sequence[Example], size: int, told: Told) -> dict[str, Metric]:
-    """How good the slice is on these rows.
+@dataclass(frozen=True)
+class Seen:
+    """What became of some rows: each batch's mean loss, and for classifiers what was right and what was guessed."""
 
-    Classification: loss and accuracy, weighted by rows, and f1. Language models: loss per learned token and its
-    exponential, the perplexity, weighted by tokens.
-    """
+    losses: list[Metric]
+    answers: Tensor  # (2, rows): truth and guess; (2, 0) for language models
+
+    def __add__(self, other: Seen) -> Seen:
+        return Seen(self.losses + other.losses, torch.cat([self.answers, other.answers], dim=1))
+
+    def metrics(self, task: Task) -> dict[str, Metric]:
+        """Classification: loss and accuracy, weighted by rows, and f1. Language models: loss per learned token and its
+        exponential, the perplexity, weighted by tokens."""
+        loss = mean(self.losses)
+        if task.kind != "sequence-classification":
+            return {"loss": loss, "perplexity": Metric(value=math.exp(min(loss.value, 700.0)), weight=loss.weight)}
+        truth, guess = self.answers
+        return {
+            "loss": loss,
+            "accuracy": Metric(value=float((truth == guess).double().mean()), weight=len(truth)),
+            "f1": Metric(value=f1(truth, guess, len(task.labels)), weight=len(truth)),
+        }
+
+
+@torch.no_grad()
+def measure(adapted: Adapted, setting: Setting, examples: Sequence[Example], size: int, told: Told) -> Seen:
+    """What the slice makes of these rows, in batches of that size. Raises NonFiniteSlice if a loss is no number."""
     adapted.model.eval()
-    losses, right = [], []
+    losses, answers = [], [torch.empty(2, 0, dtype=torch.long)]
     parts = list(batches(examples, size))
     for n, part in enumerate(parts, start=1):
         batch = setting.batch(part)
@@ -197,19 +217,10 @@ def measure(adapted: Adapted, setting: Setting, examples: Sequence[Example], siz
         if not math.isfinite(loss.item()):
             raise errors.NonFiniteSlice(f"the loss of the adapter that was handed out is {loss.item()} on held-out rows")
         losses.append(Metric(value=loss.item() / batch.weight, weight=batch.weight))
-        right.append(
-            torch.stack([batch.labels, logits.argmax(-1)]).cpu() if setting.task.kind == "sequence-classification" else torch.empty(2, 0)
-        )
+        if setting.task.kind == "sequence-classification":
+            answers.append(torch.stack([batch.labels, logits.argmax(-1)]).cpu())
         told(n, len(parts), losses[-1].value)
-    loss_ = mean(losses)
-    if setting.task.kind != "sequence-classification":
-        return {"loss": loss_, "perplexity": Metric(value=math.exp(min(loss_.value, 700.0)), weight=loss_.weight)}
-    truth, guess = torch.cat(right, dim=1)
-    return {
-        "loss": loss_,
-        "accuracy": Metric(value=float((truth == guess).double().mean()), weight=len(truth)),
-        "f1": Metric(value=f1(truth, guess, len(setting.task.labels)), weight=len(truth)),
-    }
+    return Seen(losses, torch.cat(answers, dim=1))
 
 
 def f1(truth: Tensor, guess: Tensor, classes: int) -> float:

@@ -161,8 +161,8 @@ class Trainer:
         weights = adapted.model.dtype
         plain = replace(setting, half=None if weights is torch.float32 else weights)
         clocked.start("evaluate")
-        metrics = learning.measure(adapted, plain, examples, job.training.batch_size, clocked)
-        return Outcome(examples=len(examples), metrics=metrics, usage=clocked.usage())
+        seen = learning.measure(adapted, plain, examples, job.training.batch_size, clocked)
+        return Outcome(examples=len(examples), metrics=seen.metrics(job.task), usage=clocked.usage())
 
 
 def precision(job: Job, place: str) -> torch.dtype | None:

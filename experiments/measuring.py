@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Self
 
 import safetensors.torch
@@ -11,14 +13,13 @@ import torch
 
 from agent import learning
 from agent.encoding import Example, encode
-from agent.learning import Setting
+from agent.learning import Seen, Setting
 from coordinator.adapters import PREFIX
 from experiments.material import Part
 from experiments.records import ALL
 from modelling import adapters, base
 from modelling.base import Base
 from protocol.contents import Label
-from protocol.messages import Metric
 from protocol.plan import Layout, Plan
 from protocol.slices import Factors, Slice
 
@@ -50,21 +51,18 @@ class Measurer:
         All of a language model: the mean over kinds, whatever their sizes. All of a classifier: over rows.
         """
         with adapters.adapted(self.base, _slice(adapter, self.layout, rank), self.layout, 0.0) as adapted:
-            found = {
+            seen = {
                 kind: learning.measure(adapted, self.setting, examples, self.batch_size, _unheard)
                 for kind, examples in self.examples.items()
             }
-            values = {kind: _values(metrics) for kind, metrics in found.items()}
-            if self.setting.task.kind == "causal-lm":
-                return {ALL: {"loss": sum(v["loss"] for v in values.values()) / len(values)}, **values}
-            if len(found) == 1:
-                return {ALL: next(iter(values.values()))}
-            together = [example for examples in self.examples.values() for example in examples]
-            return {ALL: _values(learning.measure(adapted, self.setting, together, self.batch_size, _unheard)), **values}
+        found = {kind: self._values(one) for kind, one in seen.items()}
+        if self.setting.task.kind == "causal-lm":
+            return {ALL: {"loss": sum(values["loss"] for values in found.values()) / len(found)}, **found}
+        together = self._values(reduce(operator.add, seen.values()))
+        return {ALL: together, **found} if len(found) > 1 else {ALL: together}
 
-
-def _values(metrics: Mapping[str, Metric]) -> Values:
-    return {name: metric.value for name, metric in metrics.items() if name != "perplexity"}
+    def _values(self, seen: Seen) -> Values:
+        return {name: metric.value for name, metric in seen.metrics(self.setting.task).items() if name != "perplexity"}
 
 
 def _unheard(step: int, steps: int, loss: float) -> None:
