@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protocol import errors
+from agent import refusals
 
 if TYPE_CHECKING:
     from experiments.material import Places
@@ -42,7 +40,7 @@ def run(
     ] = None,
 ) -> None:
     """Carry an experiment out, or go on where it was cut; then show what came of it."""
-    with _refusals_told():
+    with refusals.told():
         from rich.console import Console
 
         from experiments.bench import Bench
@@ -63,7 +61,7 @@ def run(
 @app.command()
 def report(folder: Folder) -> None:
     """Show the tables of some results, and write them beside as report.md, curves.png and curves.svg."""
-    with _refusals_told():
+    with refusals.told():
         _show(folder)
 
 
@@ -73,7 +71,7 @@ def publish(
     docs: Annotated[Path, typer.Option(help="folder of the documents", file_okay=False, exists=True)] = Path("docs"),
 ) -> None:
     """Store results beside the documents, and write evidence.md and its pictures from all that are stored."""
-    with _refusals_told():
+    with refusals.told():
         from experiments import page
 
         typer.echo(page.publish(folders or (), docs))
@@ -84,7 +82,7 @@ def experiments() -> None:
     """The experiments that come with the project: name, contestants × seeds × rounds, and the question."""
     from experiments.experiment import FOLDER, read
 
-    with _refusals_told():
+    with refusals.told():
         for file in sorted(FOLDER.glob("*.toml")):
             found = read(file)
             size = f"{len(found.contestants)} contestants × {found.seeds} seeds × {found.plan.get('rounds')} rounds"
@@ -101,7 +99,7 @@ def overhead(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Time the bench itself: what a run costs beside training steps and merging. Close other programs first."""
-    with _refusals_told():
+    with refusals.told():
         from experiments.experiment import read, some
         from experiments.timing import timed
 
@@ -132,16 +130,6 @@ def _quiet() -> None:
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     torch.set_num_threads(1)
-
-
-@contextmanager
-def _refusals_told() -> Iterator[None]:
-    """A refusal ends the command with one line on stderr, not with a trace."""
-    try:
-        yield
-    except errors.HLoRAError as error:
-        typer.echo(f"{error.title()}: {error.detail}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

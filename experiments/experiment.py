@@ -93,6 +93,7 @@ class Experiment(Strict):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
     question: str
+    answer: str | None = Field(default=None, description="what the stored results say to it, once there are some")
     not_shown: list[str] = Field(default=[], description="what its results do not say")
     model: str = Field(min_length=1, description="folder within the models' folder, package:NAME, or hub id")
     revision: str | None = None
@@ -145,12 +146,13 @@ class Experiment(Strict):
 
         What it leaves to defaults is not named, so that a new option of plans voids no results.
         """
-        asked = {"name", "question", "not_shown", "tuning", "seeds", "budget_minutes", "contestants", "reference", "targets"}
-        told = [
-            self.model_dump(mode="json", exclude=asked, exclude_unset=True),
+        words = {"name", "question", "answer", "not_shown"}
+        beside = words | {"tuning", "seeds", "budget_minutes", "contestants", "reference", "targets"}
+        named = [
+            self.model_dump(mode="json", exclude=beside, exclude_unset=True),
             contestant.model_dump(mode="json", exclude={"name"}, exclude_unset=True),
         ]
-        return "sha256:" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return "sha256:" + hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def slug(name: str) -> str:

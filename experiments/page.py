@@ -61,7 +61,7 @@ def _experiment(experiment: Experiment, runs: Sequence[Finished], trials: Sequen
     return f"""## {experiment.name}
 
 **Question.** {experiment.question}
-
+{_answer(experiment)}
 **Protocol.** {_protocol(experiment)}
 
 | contestant | who takes part | what differs in its plan |
@@ -84,6 +84,10 @@ python -m experiments publish out/{experiment.name}
 
 {_origin(runs)}
 """
+
+
+def _answer(experiment: Experiment) -> str:
+    return "" if experiment.answer is None else f"\n**Answer.** {experiment.answer.strip()}\n"
 
 
 def _protocol(experiment: Experiment) -> str:
