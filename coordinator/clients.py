@@ -159,9 +159,13 @@ def count_rejection(session: Session, id: str, limit: int, reason: str, now: dat
         events.record(session, now, "client-paused", client=client.name, reason=client.reason)
 
 
-def clear_rejections(session: Session, id: str) -> None:
-    """A good contribution ends the row of bad ones."""
-    session.execute(update(Client).where(Client.id == id, Client.rejections > 0).values(rejections=0))
+def clear_rejections(session: Session, ids: Collection[str]) -> None:
+    """A good contribution of each of these clients ends the row of bad ones."""
+    if ids:
+        session.connection().execute(_CLEARED, {"ids": list(ids)})
+
+
+_CLEARED = update(Client).where(Client.id.in_(bindparam("ids", expanding=True)), Client.rejections > 0).values(rejections=0)
 
 
 def change(session: Session, id: str, wanted: ClientChange, now: datetime) -> str | None:

@@ -154,10 +154,10 @@ def _accept(session: Session, round: Round, inputs: Sequence[Input]) -> dict[str
     own = or_(Job.round_id == round.id, Job.counted_in == round.id)
     query = select(Job, Client.name, Round.number).join(Client, Job.client_id == Client.id).join(Round, Job.round_id == Round.id).where(own)
     found = {job.id: (job, Origin(client, number)) for job, client, number in session.execute(query)}
-    for input in inputs:
-        job, _ = found[input.job]
+    merged = [found[input.job][0] for input in inputs]
+    for job in merged:
         job.state = JobState.accepted
-        clients.clear_rejections(session, job.client_id)
+    clients.clear_rejections(session, sorted(job.client_id for job in merged))
     return {id: origin for id, (_, origin) in found.items()}
 
 
