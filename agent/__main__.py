@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protocol import errors
+from agent import refusals
 
 if TYPE_CHECKING:
     from agent.settings import Settings
@@ -29,7 +27,7 @@ def enrol(
     home: Home = None,
 ) -> None:
     """Redeem an enrolment token; the credential is kept in the home folder."""
-    with _refusals_told():
+    with refusals.told():
         from pydantic import SecretStr
 
         from agent import app as agent
@@ -45,7 +43,7 @@ def enrol(
 @app.command()
 def run(home: Home = None) -> None:
     """Ask for jobs and do them, until SIGTERM or SIGINT."""
-    with _refusals_told():
+    with refusals.told():
         from agent import app as agent
 
         asyncio.run(agent.run(_settings(home)))
@@ -74,16 +72,6 @@ def _settings(home: Path | None) -> Settings:
     settings = Settings() if home is None else Settings(home=home)
     agent.configure(settings)
     return settings
-
-
-@contextmanager
-def _refusals_told() -> Iterator[None]:
-    """A refusal ends the command with one line on stderr, not with a trace."""
-    try:
-        yield
-    except errors.HLoRAError as error:
-        typer.echo(f"{error.title()}: {error.detail}", err=True)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from agent import refusals
 from protocol import errors
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ def simulate(
     Each device is an agent's home folder (datasets.toml, policy.toml) with an optional machine.toml that says what its
     machine can do. Time is simulated, so results repeat: two runs with the same seed publish the same bytes.
     """
-    with _refusals_told():
+    with refusals.told():
         asyncio.run(_simulate(plan, fleet, out, rounds, seed, as_json))
 
 
@@ -74,16 +72,6 @@ def read_plan(file: Path, instead: dict[str, int | None]) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         raise errors.InvalidPlan(f"{file}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
-
-
-@contextmanager
-def _refusals_told() -> Iterator[None]:
-    """A refusal ends the command with one line on stderr, not with a trace."""
-    try:
-        yield
-    except errors.HLoRAError as error:
-        typer.echo(f"{error.title()}: {error.detail}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":
