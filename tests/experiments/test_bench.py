@@ -262,6 +262,8 @@ def test_every_experiment_that_comes_with_the_project_can_be_read(file: Path) ->
 def test_the_overhead_is_told_as_a_share_of_training_and_merging(places: Places, tmp_path: Path) -> None:
     given = experiment()
     found = timed(given, given.contestants[1], places, rounds=1)
-    assert (found.agents, found.rounds) == (3, 1)
+    assert (found.agents, found.rounds, found.jobs) == (3, 1, 3)
+    assert 0 < found.once <= found.other
+    assert found.job * found.jobs == pytest.approx(found.steady * (found.train + found.merge)) == pytest.approx(found.other - found.once)
     assert found.share == pytest.approx(found.other / (found.train + found.merge))
     assert "1 rounds of 3 agents, delta" in str(found)
