@@ -14,7 +14,7 @@ from threading import Condition
 import torch
 from torch import Tensor
 
-from coordinator import spectrum, truncation
+from coordinator import spectrum, symmetric, truncation
 from coordinator.sums import Sum
 from coordinator.truncation import Singular
 
@@ -133,28 +133,23 @@ def _followed(side: Tensor, rank: int, width: int) -> _Found | None:
     What the followed directions do not hold is subtracted before anything is squared, so that the proof sees what is left at its
     own scale: float32 resolves singular values to 10⁻⁶ of the largest.
     """
-    z = spectrum.start(len(side), width).to(side)
+    z = spectrum.start(side, width)
     for _ in range(spectrum.LOOKS):
         for _ in range(spectrum.STEPS):
-            z = _orthonormal(side @ _orthonormal(side.T @ z))
+            z = spectrum.orthonormal(side @ spectrum.orthonormal(side.T @ z))
         seen = z.T @ side  # (width, long)
-        values, turn = truncation.pencil(spectrum.gram(seen, torch.float64), spectrum.gram(z.T, torch.float64))
+        values, turn = truncation.pencil(symmetric.gram(seen, torch.float64), symmetric.gram(z.T, torch.float64))
         turn = turn.to(side.dtype)
         z, seen = z @ turn, turn.T @ seen
         side.addmm_(z, seen, alpha=-1)  # what is left: (1 − zzᵀ) W
         total = float(values.sum()) + _energy(side)
         noise = 2 * torch.finfo(side.dtype).eps * float(values[0] * values[rank - 1]) ** 0.5
-        for mu, most in spectrum.bounds(values, side @ seen.T, rank, noise=noise, allowed=truncation.a_hair(total)):
-            if _below(mu - noise, side):
-                roots = values[:rank].pow(0.25).to(side.dtype)
-                return z[:, :rank] * roots, seen[:rank] / roots[:, None], values[:rank], total, most
+        bound = spectrum.bound(values, side @ seen.T, rank, noise=noise, allowed=truncation.a_hair(total))
+        if bound and _below(bound[0] - noise, side):
+            roots = values[:rank].pow(0.25).to(side.dtype)
+            return z[:, :rank] * roots, seen[:rank] / roots[:, None], values[:rank], total, bound[1]
         side.addmm_(z, seen)
     return None
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.qr(x).Q
-    return found
 
 
 def _energy(x: Tensor) -> float:
@@ -164,18 +159,18 @@ def _energy(x: Tensor) -> float:
 
 def _below(mu: float, left: Tensor) -> bool:
     """Whether all squared singular values of what is left are below μ."""
-    gram = spectrum.gram(left, left.dtype)
+    gram = symmetric.gram(left, left.dtype)
     noise = truncation.OPERATOR_NOISE * float(gram.norm()) if left.dtype == torch.float32 else 0.0
     gram.neg_().diagonal().add_(mu - noise)
-    return spectrum.factored(gram)
+    return symmetric.factor(gram) is not None
 
 
 def _full(side: Tensor, rank: int, floor: float) -> _Found:
     """Leading triplets of a full decomposition of the smaller side's Gram matrix, in float64."""
     total = _energy(side)
-    found = truncation.leading(spectrum.gram(side, torch.float64), rank, total, floor)
+    found = truncation.leading(symmetric.gram(side, torch.float64), rank, total, floor)
     x = found.vectors
     seen = x.to(side.dtype).T @ side
-    values, v = truncation.pencil(spectrum.gram(seen, torch.float64), spectrum.gram(x.T, torch.float64))
+    values, v = truncation.pencil(symmetric.gram(seen, torch.float64), symmetric.gram(x.T, torch.float64))
     v, roots = v.to(side.dtype), values.pow(0.25).to(side.dtype)
     return x.to(side.dtype) @ v * roots, (v.T @ seen) / roots[:, None], values, total, max(found.most, float(values.sum()))

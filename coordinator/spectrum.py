@@ -5,21 +5,21 @@ Gram matrices are all that is decomposed here: of stacked factors, or of a dense
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-EPSILON = torch.finfo(torch.float64).eps
-CHUNK = 1 << 20  # bytes of a stack that are widened and multiplied at a time, so that they stay in the cache
-LEAST = 256  # columns at a time all the same: fewer would be added to the whole product too often
-BAND = 96  # columns, in which the lower triangle of a symmetric product is computed: nearly half of the arithmetic
-PANEL = 500  # columns of a Cholesky factor that are found at a time; no power of two, whose rows share lines of the cache
-EXTRA = 24  # directions that a proof follows beyond those that are wanted
-STEPS = 3  # multiplications between two looks at the certificate
+from coordinator import symmetric
+
+EXTRA = 32  # directions that a proof follows beyond those that are wanted
+STEPS = 3  # multiplications before the first look at the certificate
+DEGREE = 3  # of the polynomials that correct what a look has found
 LOOKS = 4
+GAPS, TRIES = 16, 4  # of bounds, each easier to hold and harder to prove than the one before
+HINT = 10.0  # how many times as long as what is drawn at random a direction is that the start was given
 
 Allowed = Callable[[float], float]  # by how much the most that can be kept may exceed what is kept
 
@@ -33,80 +33,6 @@ class Leading:
     most: float
 
 
-def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """X Xᵀ for x (r, n), (r, r) of that dtype; x is widened one chunk of columns at a time."""
-    size = len(x)
-    found = torch.zeros(size, size, dtype=dtype)
-    columns = max(LEAST, CHUNK // (dtype.itemsize * max(1, size)))
-    wide = torch.empty((size, columns) if x.stride(1) == 1 else (columns, size), dtype=dtype)
-    wide = wide if x.stride(1) == 1 else wide.T
-    for start in range(0, x.shape[1], columns):
-        chunk = x[:, start : start + columns]
-        y = chunk if x.dtype == dtype else wide[:, : chunk.shape[1]].copy_(chunk)
-        for band in _bands(size):
-            found[band.start :, band].addmm_(y[band.start :], y[band].T)
-    return _mirrored(found)
-
-
-def sandwich(root: Tensor, inner: Tensor) -> Tensor:
-    """Lᵀ M L for a symmetric M (n, n) and L (n, k), square ones lower triangular."""
-    n, k = root.shape
-    found = torch.empty(k, k, dtype=root.dtype)
-    for band in _bands(k):
-        live = slice(band.start if n == k else 0, n)
-        found[band.start :, band] = root[live, band.start :].T @ (inner[live, live] @ root[live, band])
-    return _mirrored(found)
-
-
-def _bands(size: int) -> list[slice]:
-    step = max(BAND, -(-size // 8))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix of which the lower bands are given; in place."""
-    for band in _bands(len(lower)):
-        lower[band, band.stop :] = lower[band.stop :, band].T
-    return lower
-
-
-def cholesky(matrix: Tensor, lift: float = 0.0) -> Tensor | None:
-    """L with L Lᵀ = matrix + lift · its diagonal; none if there is none.
-
-    Through a unit diagonal, so that it does not matter how large single rows are.
-    """
-    t, correlation = _scaled(matrix)
-    correlation.diagonal().add_(lift)
-    return correlation.tril_().mul_(t[:, None]) if factored(correlation) else None
-
-
-def root(matrix: Tensor) -> Tensor:
-    """L with L Lᵀ = matrix, (n, k): Cholesky, or eigenvectors where rows depend on each other, as slices of one matrix do.
-
-    Only L Lᵀ is used of L and never its inverse, so nearly dependent rows do no harm: both give L Lᵀ to rounding. A square
-    L is lower triangular.
-    """
-    if (lower := cholesky(matrix)) is not None:
-        return lower
-    t, correlation = _scaled(matrix)
-    values, vectors = torch.linalg.eigh(correlation)
-    live = values > tolerance(len(matrix)) * values[-1]
-    live[0] = False  # there is no Cholesky factor: the least is nothing but rounding
-    found: Tensor = t[:, None] * (vectors[:, live] * values[live].sqrt())
-    return found
-
-
-def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    t = matrix.diagonal().sqrt()
-    inverse = torch.where(t > 0, 1 / t, 0.0)
-    return t, (inverse[:, None] * matrix).mul_(inverse)
-
-
-def tolerance(size: int) -> float:
-    """Smallest squared singular value that counts, relative to the largest: what float32 resolves, or a float64 Gram."""
-    return max(float(torch.finfo(torch.float32).eps) ** 2, size * EPSILON)
-
-
 def exact(matrix: Tensor, rank: int) -> Leading:
     """The largest eigenvalues, of a full decomposition; cost about n³ · 0.2 ns."""
     values, vectors = torch.linalg.eigh(matrix)  # looks at one triangle, so rounding need not be symmetric
@@ -114,57 +40,76 @@ def exact(matrix: Tensor, rank: int) -> Leading:
     return Leading(values, vectors, most=float(values.sum()))
 
 
-def certified(matrix: Tensor, rank: int, *, width: int, noise: float, allowed: Allowed) -> Leading | None:
+def certified(matrix: Tensor, rank: int, *, width: int, noise: float, allowed: Allowed, hint: Tensor | None = None) -> Leading | None:
     """Followed directions that are proved to hold nearly what the largest eigenvalues hold; none where that cannot be proved.
 
-    So many directions by subspace iteration in float32 from a seeded start, then one step and the proof in the matrix's own
-    dtype; cost about n² width per step and n³ / 3 for the proof. `noise` is how far the matrix, as an operator, may be from
-    the true one; eigenvalues closer together than that are not told apart.
+    So many directions by subspace iteration in float32, from what they are thought to resemble; then looks at them in the
+    matrix's own dtype, with corrections in float32 between them, and the proof. Cost about n² width per multiplication and n³ / 3
+    for the proof. `noise` is how far the matrix, as an operator, may be from the true one; eigenvalues closer together than that
+    are not told apart. hint: (n, ≤ width).
     """
-    scale = float(matrix.diagonal().sum())
-    if not (scale > 0 and rank > 0 and width <= len(matrix)):
+    unit = float(matrix.diagonal().sum()) if matrix.dtype == torch.float64 else 1.0
+    if not (unit > 0 and rank > 0 and width <= len(matrix)):
         return None
-    rough = matrix if matrix.dtype == torch.float32 else (matrix / scale).float()
-    z = start(len(matrix), width).to(rough)
+    rough = matrix if matrix.dtype == torch.float32 else (matrix / unit).float()
+    z = start(rough, width, hint)
+    for _ in range(STEPS):
+        z = orthonormal(rough @ z)
+    y = z.to(matrix.dtype)
     for _ in range(LOOKS):
-        for _ in range(STEPS):
-            z, _r = torch.linalg.qr(rough @ z)
-        y = z
-        if matrix.dtype == torch.float64:  # one step more, of those that count
-            _values, _w, z = _ritz(rough, z)
-            y, _r = torch.linalg.qr(matrix @ z[:, : rank + EXTRA].double())
         values, w, y = _ritz(matrix, y)
         g = w - y * values.to(y.dtype)
-        for mu, most in bounds(values, g, rank, noise=noise, allowed=allowed):
-            if _below(mu - noise, matrix, y, values, g):
-                return Leading(values, y, most)
+        found = bound(values, g, rank, noise=noise, allowed=allowed)
+        if found and _below(found[0] - noise, matrix, y, values, g):
+            return Leading(values, y, most=found[1])
+        y = orthonormal(y + _missed(rough, y.float(), (values / unit).float(), (g / unit).float(), rank))
     return None
 
 
-def bounds(values: Tensor, g: Tensor, rank: int, *, noise: float, allowed: Allowed) -> Iterator[tuple[float, float]]:
-    """Bounds μ of all that is not followed, each with the most that the `rank` largest eigenvalues then sum to, if that is allowed.
+def bound(values: Tensor, g: Tensor, rank: int, *, noise: float, allowed: Allowed) -> tuple[float, float] | None:
+    """A bound μ for all that is not followed, and the most that the `rank` largest eigenvalues then sum to; none if that is too much.
 
     values: the followed eigenvalues, (k,) float64, falling; g: what the matrix makes of their vectors beyond themselves, (n, k).
     In the basis [z, rest], M = [[Θ, Gᵀ], [G, Z]]. Where Z < μ, an eigenvalue λ > μ of M is at most the same one of
     [[Θ, Gᵀ], [G, μ]], which is one of Θ + GᵀG / (λ − μ), and this falls with λ: above a level t > μ none is larger than that of
-    Θ + GᵀG / (t − μ). First with t at the last that is wanted and μ between that and the last that is followed; then both as
-    high as is allowed, for spectra that hardly fall.
+    Θ + GᵀG / (t − μ). The highest μ is the easiest to prove: t is as far above the last that is wanted as half of what is
+    allowed reaches, so that spectra that hardly fall are proved too, and t − μ as small as the rest of it lets it be.
     Source: Weyl's monotonicity, Haynsworth's inertia and Ky Fan's sum (Horn and Johnson, Matrix Analysis, chapters 4 and 7).
     """
-    kept, theta, last = float(values[:rank].sum()), float(values[rank - 1]), float(values[-1])
-    room, coupled = allowed(kept), (g.T @ g).double()
-    for mu, level in (((theta + last) / 2, theta), (theta + room / (4 * rank), theta + room / (2 * rank))):
-        if min(mu, level - mu) > noise:
-            highest = torch.linalg.eigvalsh(values.diag() + coupled / (level - mu))[-rank:]
-            most = float(highest.clamp(min=level).sum())
-            if most - kept <= room:
-                yield mu, most
+    kept, coupled = float(values[:rank].sum()), (g.T @ g).double()
+    if not (room := allowed(kept)) > 0:
+        return None
+    level = float(values[rank - 1]) + room / (2 * rank)
+    gaps = level * torch.arange(-GAPS, 0).div(2).exp2().double()
+    gaps = gaps[torch.minimum(gaps / 2, level - gaps) > noise, None]
+    least = (values + coupled.diagonal() / gaps).topk(rank).values.clamp(min=level).sum(dim=1)  # no eigenvalues sum to less
+    for gap in gaps[least - kept <= room, 0][:TRIES]:
+        highest = torch.linalg.eigvalsh(values.diag() + coupled / gap)[-rank:]
+        if (most := float(highest.clamp(min=level).sum())) - kept <= room:
+            return level - float(gap), most
+    return None
+
+
+def start(like: Tensor, width: int, hint: Tensor | None = None) -> Tensor:
+    """Where an iteration starts, (n, width) for a matrix of n rows: directions as given, with a little of everything beside them."""
+    found = _drawn(len(like), width).to(like)
+    if hint is None:
+        return found
+    lengths = torch.linalg.vector_norm(hint, dim=0)
+    given = torch.where(lengths > 0, hint * (HINT * len(like) ** 0.5 / lengths), 0.0).to(like)
+    return found + torch.nn.functional.pad(given, (0, width - given.shape[1]))
 
 
 @lru_cache(maxsize=8)
-def start(size: int, width: int) -> Tensor:
-    """Where an iteration starts, (size, width) float32; drawn by the processor, the same for every device."""
+def _drawn(size: int, width: int) -> Tensor:
+    """Numbers at random, (size, width) float32; drawn by the processor, the same for every device."""
     return torch.randn(size, width, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis of the columns' span."""
+    found: Tensor = torch.linalg.qr(x).Q
+    return found
 
 
 def _ritz(matrix: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,31 +120,32 @@ def _ritz(matrix: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.flip(0), w @ turn, z @ turn
 
 
+def _missed(matrix: Tensor, y: Tensor, values: Tensor, g: Tensor, rank: int) -> Tensor:
+    """What the followed directions lack of invariant ones, to first order: x with (θ − Z) x = G, (n, k).
+
+    In the basis [y, rest], M = [[Θ, Gᵀ], [G, Z]], and y + x is invariant where x Θ = G + Z x − x Gᵀ x. Chebyshev's iteration for
+    each column at once: what Z holds is taken to lie below the last value that is followed. Those that are not wanted are
+    treated as the last that is: they are there to stand aside.
+    Source: Sleijpen and van der Vorst 1996 (the correction); Saad, Iterative Methods for Sparse Linear Systems, algorithm 12.1.
+    """
+    half = values[-1].clamp(min=torch.finfo(values.dtype).eps * values[0]) / 2
+    theta = values.clamp(min=max(values[rank - 1], 2 * half))
+    sigma = theta / half - 1
+    rho, rest, step = 1 / sigma, g, g / (theta - half)
+    x = step.clone()
+    for _ in range(DEGREE):
+        image = matrix @ step
+        rest = rest - theta * step + image - y @ (y.T @ image)
+        rho, before = 1 / (2 * sigma - rho), rho
+        step = rho * before * step + 2 * rho / half * rest
+        x += step
+    return x
+
+
 def _below(mu: float, matrix: Tensor, z: Tensor, values: Tensor, g: Tensor) -> bool:
     """Whether (1 − zzᵀ) M (1 − zzᵀ) < μ, by a Cholesky factor of the difference."""
     left = torch.cat([z, g], dim=1)
     right = torch.cat([z * values.to(z.dtype) + g, z], dim=1)
-    rest = matrix.clone()
-    for band in _bands(len(rest)):  # only the lower triangle is looked at
-        rest[band.start :, band].addmm_(left[band.start :], right[band].T, alpha=-1)
+    rest = symmetric.lowered(matrix, left, right)
     rest.neg_().diagonal().add_(mu)
-    return factored(rest)
-
-
-def factored(matrix: Tensor) -> bool:
-    """Whether there is a Cholesky factor; it takes the place of the lower triangle, found some columns at a time.
-
-    Half a millisecond more than LAPACK's for 500 rows, a fourth of its time from a thousand on, and no copies.
-    """
-    size = len(matrix)
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
-        lower, failed = torch.linalg.cholesky_ex(matrix[start:stop, start:stop])
-        if int(failed):
-            return False
-        matrix[start:stop, start:stop] = lower
-        below = torch.linalg.solve_triangular(lower, matrix[stop:, start:stop].T, upper=False)  # (PANEL, rows below)
-        matrix[stop:, start:stop] = below.T
-        for band in _bands(size - stop):
-            matrix[stop + band.start :, stop + band.start : stop + band.stop].addmm_(below[:, band.start :].T, below[:, band], alpha=-1)
-    return True
+    return symmetric.factor(rest) is not None

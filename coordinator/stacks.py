@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coordinator import spectrum
+from coordinator import symmetric
 from coordinator.sums import Sum
 from protocol.slices import Factors
 
@@ -19,6 +19,7 @@ class Stack:
     b: Tensor  # (n_out, R) float32, or float64 where a term came in that
     a: Tensor  # (R, n_in) of the same dtype
     c: Tensor  # (R,) float64
+    places: Tensor  # (R,) int64: which direction of its own term each was
 
     @property
     def rank(self) -> int:
@@ -54,6 +55,7 @@ class _Filled:
         self._b = torch.empty(shape[0], rank)
         self._a = torch.empty(rank, shape[1])
         self._rank = 0
+        self._places = list[Tensor]()
 
     def add(self, part: Factors) -> None:
         here = slice(self._rank, self._rank + part.rank)
@@ -62,14 +64,15 @@ class _Filled:
         self._b[:, here] = part.b
         self._a[here] = part.a
         self._rank += part.rank
+        self._places.append(torch.arange(part.rank))
 
     def stack(self, c: Tensor) -> Stack:
-        return Stack(self._b[:, : self._rank], self._a[: self._rank], c)
+        return Stack(self._b[:, : self._rank], self._a[: self._rank], c, torch.cat(self._places))
 
 
 def _counting(part: Factors, c: Tensor, largest: float) -> tuple[Factors, Tensor]:
     """The directions that have numbers and a weight: folded weights may cancel, and leave rounding."""
-    live = (c.abs() > 16 * spectrum.EPSILON * largest) & ((part.b != 0).any(dim=0) | (part.a != 0).any(dim=1))
+    live = (c.abs() > 16 * symmetric.EPSILON * largest) & ((part.b != 0).any(dim=0) | (part.a != 0).any(dim=1))
     return (part, c) if bool(live.all()) else (Factors(b=part.b[:, live], a=part.a[live]), c[live])
 
 
@@ -91,11 +94,16 @@ def _nested(part: Factors, whole: Factors) -> Tensor | None:
 
 def _multiples(x: Tensor, y: Tensor) -> Tensor | None:
     """m with x = y diag(m) to float32's rounding; none if there is none. x, y: (n, r)."""
+    hair = 2 * torch.finfo(torch.float32).eps
+    if len(x) > 1 and x.shape[1] and _unlike(x[:2, 0], y[:2, 0], 4 * hair):
+        return None
     at = y.abs().argmax(dim=0, keepdim=True)
     largest = y.gather(0, at).double()
     m = torch.where(largest == 0, 0.0, x.gather(0, at).double() / largest)
-    hair = 2 * torch.finfo(torch.float32).eps
-    for rows in (slice(0, 16), slice(16, None)):  # a trained slice is told from the first few
-        if not bool(((x[rows] - m * y[rows]).abs() <= hair * x[rows].abs()).all()):
-            return None
-    return m.squeeze(0)
+    return m.squeeze(0) if bool(((x - m * y).abs() <= hair * x.abs()).all()) else None
+
+
+def _unlike(x: Tensor, y: Tensor, hair: float) -> bool:
+    """Whether two numbers are no multiples of two others: a trained slice is told from its first."""
+    ahead, behind = x * y.flip(0)
+    return bool((ahead - behind).abs() > hair * ahead.abs())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coordinator import spectrum
+from coordinator import spectrum, symmetric
 from coordinator.stacks import Stack
 from protocol import errors
 
@@ -72,8 +72,8 @@ class _Grams:
 
     @classmethod
     def of(cls, stack: Stack, dtype: torch.dtype) -> _Grams:
-        a, b = spectrum.gram(stack.a, dtype), spectrum.gram(stack.b.T, dtype)
-        b *= torch.outer(stack.c, stack.c)
+        a, b = symmetric.gram(stack.a, dtype), symmetric.gram(stack.b.T, dtype)
+        b *= torch.outer(stack.c, stack.c).to(dtype)  # torch takes ten times as long to multiply one kind by another
         floor = float(a.diagonal().double().dot(b.diagonal().double()))
         return cls(a, b, float((a * b).sum(dtype=torch.float64)), floor)
 
@@ -85,8 +85,9 @@ def exact(stack: Stack, rank: int) -> Singular:
     """
     grams = _Grams.of(stack, torch.float64)
     finite(grams.floor)
-    root = spectrum.root(grams.a)  # (R, k)
-    found = leading(spectrum.sandwich(root, grams.b), rank, grams.total, grams.floor)
+    root = symmetric.root(grams.a)  # (R, k)
+    core, hint = symmetric.sandwich(root, grams.b), _mean(stack, root, rank)
+    found = leading(core, rank, grams.total, grams.floor, hint)
     return _triplets(stack, grams, root @ found.vectors, found.most)
 
 
@@ -98,12 +99,13 @@ def quick(stack: Stack, rank: int) -> Singular | None:
     """
     grams = _Grams.of(stack, torch.float32)
     own = torch.stack([grams.a.diagonal(), grams.b.diagonal()])
-    if not within_float32(own) or (root := spectrum.cholesky(grams.a, LIFT)) is None:
+    if not within_float32(own) or (root := symmetric.cholesky(grams.a, LIFT)) is None:
         return None
-    core = spectrum.sandwich(root, grams.b)
+    core = symmetric.sandwich(root, grams.b)
     blur = NOISE * max(grams.total, grams.floor)
     noise = OPERATOR_NOISE * max(grams.floor, float(core.norm()))
-    near = spectrum.certified(core, rank, width=rank + spectrum.EXTRA, noise=noise, allowed=a_hair(grams.total, blur))
+    allowed, hint = a_hair(grams.total, blur), _mean(stack, root, rank)
+    near = spectrum.certified(core, rank, width=rank + spectrum.EXTRA, noise=noise, allowed=allowed, hint=hint)
     if near is None:
         return None
     found = _triplets(stack, grams, root @ near.vectors[:, :rank], near.most)
@@ -112,20 +114,28 @@ def quick(stack: Stack, rank: int) -> Singular | None:
     return found if found.most - kept <= a_hair(grams.total)(kept) else None
 
 
-def leading(matrix: Tensor, rank: int, total: float, floor: float) -> spectrum.Leading:
+def _mean(stack: Stack, root: Tensor, rank: int) -> Tensor:
+    """The weighted mean of the clients' a, its first directions in the root's basis, (k, rank): what W's own mostly resemble."""
+    live = (stack.places < rank).nonzero().squeeze(1)
+    weights = torch.zeros(stack.rank, rank, dtype=root.dtype)
+    weights[live, stack.places[live]] = (stack.c / torch.linalg.vector_norm(stack.c))[live].to(root.dtype)
+    return root.T @ weights
+
+
+def leading(matrix: Tensor, rank: int, total: float, floor: float, hint: Tensor | None = None) -> spectrum.Leading:
     """The largest eigenvalues of a float64 Gram matrix: proved to be nearly exact where few of many are wanted, else exact.
 
     Those that do not stand out of rounding are left out. `floor` is the sum of the directions' own energies: where they
     cancel, rounding is as large as they were, not as W is.
     """
-    width, found = max(2 * rank, rank + spectrum.EXTRA), None
-    if len(matrix) >= 3 * width:
-        noise = spectrum.tolerance(len(matrix)) * max(floor, float(matrix.norm()))
-        near = spectrum.certified(matrix, rank, width=width, noise=noise, allowed=_nothing(total))
+    width, found = rank + spectrum.EXTRA, None
+    if len(matrix) >= 4 * width:
+        noise = symmetric.tolerance(len(matrix)) * max(floor, float(matrix.norm()))
+        near = spectrum.certified(matrix, rank, width=width, noise=noise, allowed=_nothing(total), hint=hint)
         found = near and spectrum.Leading(near.values[:rank], near.vectors[:, :rank], near.most)
     found = found or spectrum.exact(matrix, rank)
     largest = float(found.values[0]) if len(found.values) else 0.0
-    live = found.values > spectrum.tolerance(len(matrix)) * max(largest, floor)
+    live = found.values > symmetric.tolerance(len(matrix)) * max(largest, floor)
     return spectrum.Leading(found.values[live], found.vectors[:, live], found.most)
 
 
@@ -142,7 +152,7 @@ def _triplets(stack: Stack, grams: _Grams, x: Tensor, most: float) -> Singular:
     dtype = torch.float32 if grams.a.dtype == torch.float32 or _coarse(stack, grams, x, n, values) else torch.float64
     b = product(stack.b, (stack.c[:, None] * x).to(dtype)).to(stack.b.dtype)
     a = product(stack.a.T, n.to(dtype)).T.to(stack.a.dtype)
-    return Singular(b, a.contiguous(), values, grams.total, max(most, float(values.sum())))
+    return Singular(b, a, values, grams.total, max(most, float(values.sum())))
 
 
 def _coarse(stack: Stack, grams: _Grams, x: Tensor, n: Tensor, values: Tensor) -> bool:
@@ -174,12 +184,11 @@ def pencil(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x y in y's dtype, for a long x (n, R), which is turned into that some rows at a time."""
-    if x.dtype == y.dtype:
-        return x @ y
-    found = torch.empty(len(x), y.shape[1], dtype=y.dtype)
-    rows = max(1, spectrum.CHUNK // (y.itemsize * max(1, len(y))))
-    for start in range(0, len(x), rows):
+    """x y in y's dtype, for a long x (n, R), which is turned into that some rows at a time; it lies in memory as x does."""
+    n, k = len(x), y.shape[1]
+    found = torch.empty(n, k, dtype=y.dtype) if x.stride(1) == 1 else torch.empty(k, n, dtype=y.dtype).T
+    rows = n if x.dtype == y.dtype else max(1, symmetric.CHUNK // (y.itemsize * max(1, len(y))))
+    for start in range(0, n, max(1, rows)):
         torch.mm(x[start : start + rows].to(y.dtype), y, out=found[start : start + rows])
     return found
 
