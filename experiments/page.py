@@ -113,7 +113,7 @@ def _protocol(experiment: Experiment) -> str:
 
 
 def _nth(every: int) -> str:
-    return "single" if every == 1 else f"{every}th"
+    return {1: "single", 2: "second", 3: "third"}.get(every, f"{every}th")
 
 
 def _contestant(contestant: Contestant) -> str:
