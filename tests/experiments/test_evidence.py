@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments import tuning
 from experiments.page import PAGE, STORED, page
-from experiments.report import opened
+from experiments.report import opened, tuned
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -17,6 +18,12 @@ def test_the_page_is_what_the_stored_results_say() -> None:
 def test_stored_runs_were_made_by_the_settings_that_are_stored_beside_them() -> None:
     for folder in (DOCS / STORED).iterdir():
         experiment, runs = opened(folder)
+        trials = tuned(folder)
+        frozen = {c.name: tuning.frozen(experiment, c, trials) for c in experiment.contestants}
         for run in runs:
-            contestant = experiment.contestant(run.header.contestant)
+            contestant = frozen[run.header.contestant]
             assert run.header.settings == experiment.digest(contestant), f"{folder.name}: {contestant.name}"
+        assert {run.header.seed for run in trials}.isdisjoint({run.header.seed for run in runs})
+        for trial in trials:
+            short = tuning.shorter(experiment)
+            assert trial.header.settings == short.digest(short.contestant(trial.header.contestant)), f"{folder.name}: a trial"
