@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -27,6 +29,9 @@ def cluster() -> Iterator[str]:
     """The URL of a scheduler with two workers, processes of their own."""
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as found:
         yield found.scheduler_address.replace("tcp://", "dask://")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # connections to a worker that was killed are closed by nobody
+        gc.collect()
 
 
 def test_the_published_bytes_are_those_of_threads(cluster: str, blobs: Blobs) -> None:
