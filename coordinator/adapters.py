@@ -78,7 +78,7 @@ def _write_numbers(
     with path.open("wb") as file:
         file.write(_head(shapes))
         for name in sorted(sources):
-            file.write(numbers(sources[name](), Dtype.float32))
+            file.write(numbers(sources[name](), dtype=Dtype.float32))
         return file.tell()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -30,7 +31,7 @@ from protocol.checks import is_finite
 from protocol.contents import Label, head
 from protocol.crash import Point
 from protocol.messages import BlobRef
-from protocol.plan import Dtype, Plan, Split
+from protocol.plan import Dtype, Plan
 from protocol.slices import TORCH_DTYPES, Factors, numbers
 from protocol.views import Energy
 
@@ -87,17 +88,21 @@ def module_piece(plan: Plan, round: int, module: str, kept: Factors, best: Facto
     whole = pad(Factors(b=kept.b.float(), a=kept.a.float()), plan.global_rank)
     singular = aggregation.load(plan.strategy.name).singular
 
-    def part(of: Factors, rank: int, scale: float, split: Split | None) -> Factors:
-        return cut(of, rank, scale, split, fresh(rows, rank), TORCH_DTYPES[plan.wire])
+    @cache  # a smaller slice is a larger one's first part, as long as their scales are the same
+    def widest(scale: float) -> Factors:
+        rank = max(rank for rank in plan.ranks.ladder if plan.adapter.scale(rank) == scale)
+        return cut(best, rank, scale, plan.adapter.split, fresh(rows, rank), TORCH_DTYPES[plan.wire])
 
-    slices = {rank: part(best, rank, plan.adapter.scale(rank), plan.adapter.split) for rank in plan.ranks.ladder}
+    def start(of: Start) -> Factors:
+        return cut(
+            whole, of.directions, of.scale, plan.adapter.split if singular else None, fresh(rows, of.directions), TORCH_DTYPES[plan.wire]
+        )
+
+    slices = {rank: widest(plan.adapter.scale(rank)).leading(rank) for rank in plan.ranks.ladder}
     return Piece(
         adapter=_numbers(module, whole, Dtype.float32),
         slices={rank: _numbers(module, slice, plan.wire) for rank, slice in slices.items()},
-        starts={
-            start: _numbers(module, part(whole, start.directions, start.scale, plan.adapter.split if singular else None), plan.wire)
-            for start in set(starts(plan).values())
-        },
+        starts={of: _numbers(module, start(of), plan.wire) for of in set(starts(plan).values())},
         energy=energy.model_copy(update={"rounding": _rounding(plan, best, slices[plan.ranks.ladder[-1]])}),
     )
 
@@ -109,15 +114,15 @@ def _rounding(plan: Plan, best: Factors, slice: Factors) -> float | None:
 def _numbers(module: str, factors: Factors, dtype: Dtype) -> bytes:
     _check_held(f"factors/{module}/b", factors.b)
     _check_held(f"factors/{module}/a", factors.a)
-    return numbers(factors.a, dtype) + numbers(factors.b, dtype)
+    return numbers(factors.a, factors.b, dtype=dtype)
 
 
 def tensor_piece(plan: Plan, name: str, tensor: Tensor) -> Piece:
     """One fully trained tensor, the same in every file. Raises NonFiniteSlice where the wire's dtype cannot hold it."""
     travelling = tensor.to(TORCH_DTYPES[plan.wire])
     _check_held(f"full/{name}", travelling)
-    part = numbers(travelling, plan.wire)
-    whole = part if plan.wire is Dtype.float32 else numbers(tensor, Dtype.float32)
+    part = numbers(travelling, dtype=plan.wire)
+    whole = part if plan.wire is Dtype.float32 else numbers(tensor, dtype=Dtype.float32)
     return Piece(whole, dict.fromkeys(plan.ranks.ladder, part), dict.fromkeys(starts(plan).values(), part))
 
 

@@ -37,7 +37,7 @@ class Leading:
 
     def load(self) -> Factors:
         found = self.whole if isinstance(self.whole, Factors) else self.whole.load()
-        return Factors(b=found.b[:, : self.rank], a=found.a[: self.rank])
+        return found.leading(self.rank)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def certified(matrix: Tensor, rank: int, *, width: int, noise: float, allowed: A
         values, w, y = _ritz(matrix, y)
         g = w - y * values.to(y.dtype)
         found = bound(values, g, rank, noise=noise, allowed=allowed)
-        if found and _below(found[0] - noise, matrix, y, values, g):
+        if found and _below(found[0] - noise, matrix, y, values):
             return Leading(values, y, most=found[1])
         y = orthonormal(y + _missed(rough, y.float(), (values / unit).float(), (g / unit).float(), rank))
     return None
@@ -142,10 +142,8 @@ def _missed(matrix: Tensor, y: Tensor, values: Tensor, g: Tensor, rank: int) -> 
     return x
 
 
-def _below(mu: float, matrix: Tensor, z: Tensor, values: Tensor, g: Tensor) -> bool:
-    """Whether (1 − zzᵀ) M (1 − zzᵀ) < μ, by a Cholesky factor of the difference."""
-    left = torch.cat([z, g], dim=1)
-    right = torch.cat([z * values.to(z.dtype) + g, z], dim=1)
-    rest = symmetric.lowered(matrix, left, right)
+def _below(mu: float, matrix: Tensor, z: Tensor, values: Tensor) -> bool:
+    """Whether M − zΘzᵀ < μ, by a Cholesky factor of the difference. Then Z is below μ too: outside of z both are the same."""
+    rest = symmetric.lowered(matrix, z * values.to(z.dtype), z)
     rest.neg_().diagonal().add_(mu)
     return symmetric.factor(rest) is not None

@@ -13,18 +13,25 @@ PANEL = 500  # columns of a Cholesky factor that are found at a time; no power o
 
 
 def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """X Xᵀ for x (r, n), (r, r) of that dtype; x is widened one chunk of columns at a time."""
+    """X Xᵀ for x (r, n), (r, r) of that dtype; where x has another, it is widened one chunk of columns at a time."""
     size = len(x)
     found = torch.zeros(size, size, dtype=dtype)
+    if x.dtype == dtype:
+        _add_square(found, x)
+        return _mirrored(found)
     columns = max(LEAST, CHUNK // (dtype.itemsize * max(1, size)))
     wide = torch.empty((size, columns) if x.stride(1) == 1 else (columns, size), dtype=dtype)
     wide = wide if x.stride(1) == 1 else wide.T
     for start in range(0, x.shape[1], columns):
         chunk = x[:, start : start + columns]
-        y = chunk if x.dtype == dtype else wide[:, : chunk.shape[1]].copy_(chunk)
-        for band in _bands(size):
-            found[band.start :, band].addmm_(y[band.start :], y[band].T)
+        _add_square(found, wide[:, : chunk.shape[1]].copy_(chunk))
     return _mirrored(found)
+
+
+def _add_square(found: Tensor, x: Tensor) -> None:
+    """found += X Xᵀ, its lower bands alone."""
+    for band in _bands(len(found)):
+        found[band.start :, band].addmm_(x[band.start :], x[band].T)
 
 
 def sandwich(root: Tensor, inner: Tensor) -> Tensor:

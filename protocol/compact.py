@@ -33,8 +33,8 @@ def trained_parts(
     yield head(layout, slice.label, dtype, sides)
     for name, (new, old) in zip(names(layout, slice.label.rank, sides), _pairs(slice, start, layout, directions, sides), strict=True):
         steps, sizes = written(name, new, old)
-        yield numbers(steps, Dtype.int8)
-        yield numbers(sizes, Dtype.float32)
+        yield numbers(steps, dtype=Dtype.int8)
+        yield numbers(sizes, dtype=Dtype.float32)
 
 
 def _pairs(slice: Slice, start: Slice, layout: Layout, directions: Sequence[int] | None, sides: Sides) -> Iterator[tuple[Tensor, Tensor]]:

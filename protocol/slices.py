@@ -42,6 +42,10 @@ class Factors:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def leading(self, rank: int) -> Factors:
+        """The first so many directions of them."""
+        return Factors(b=self.b[:, :rank], a=self.a[:rank])
+
     def of(self, directions: Sequence[int] | None) -> Factors:
         """These directions of them, in that order; all if none are named. Raises MismatchedSlice for one that is not there."""
         if directions is None:
@@ -60,9 +64,9 @@ class Slice:
     full: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def numbers(tensor: Tensor, dtype: Dtype) -> bytes:
-    """A tensor's numbers as they travel: row-major, little-endian."""
-    return bytes(_laid_out(tensor, dtype))
+def numbers(*tensors: Tensor, dtype: Dtype) -> bytes:
+    """The tensors' numbers as they travel, one after another: row-major, little-endian."""
+    return b"".join(_laid_out(tensor, dtype) for tensor in tensors)
 
 
 def _laid_out(tensor: Tensor, dtype: Dtype) -> memoryview:
