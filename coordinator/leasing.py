@@ -166,7 +166,7 @@ class _Desk:
 def _message(plan: Plan, job: Facts, term: _Term, now: datetime) -> messages.Job:
     assert plan.layout is not None, "a plan without layout is refused when the run is made"
     kind = JobKind(job.kind)
-    cut = {} if term.max_steps is None else {"max_steps": term.max_steps}
+    own = {"learning_rate": plan.learning_rate(job.number)} | ({} if term.max_steps is None else {"max_steps": term.max_steps})
     return messages.Job(
         id=job.id,
         run=job.run_id,
@@ -188,7 +188,7 @@ def _message(plan: Plan, job: Facts, term: _Term, now: datetime) -> messages.Job
         data=plan.data,
         adapter=plan.adapter,
         layout=plan.layout,
-        training=plan.training.model_copy(update=cut),
+        training=plan.training.model_copy(update=own),
         wire=plan.wire,
         uploads=plan.uploads,
     )

@@ -337,3 +337,25 @@ async def test_lists_of_rounds_show_every_attempt(small: Federation) -> None:
         (1, 2, RoundState.open),
     ]
     assert (await small.viewer.get("/v1/runs", Page[RunView])).items[0].round == 0
+
+
+async def test_the_learning_rate_cools_along_half_a_cosine_to_its_share_in_the_last_round(small: Federation) -> None:
+    plan = make_plan(rounds=3, training={"learning_rate": 0.01, "cooling": 0.2}, evaluation=UNMEASURED)
+    _, devices, jobs = await small.training(plan)
+    rates = []
+
+    for _ in range(plan.rounds):
+        rates.append([job.training.learning_rate for job in jobs])
+        for device, job in zip(devices, jobs, strict=True):
+            await device.complete(job)
+        small.tick()
+        jobs = [await device.take() for device in devices] if len(rates) < plan.rounds else []
+
+    assert rates == [pytest.approx([rate] * 3) for rate in (0.01, 0.006, 0.002)]  # in the middle 0.2 and half of the other 0.8
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 7])
+def test_without_cooling_every_round_has_the_plans_learning_rate(rounds: int) -> None:
+    plan = make_plan(rounds=rounds)
+
+    assert {plan.learning_rate(round) for round in range(rounds + 2)} == {0.001}
