@@ -109,8 +109,8 @@ def _formed(w: Sum, dtype: torch.dtype) -> _Dense:
 def _add(found: Tensor, b: Tensor, a: Tensor) -> float:
     """found += b a; the sum of the directions' own energies."""
     found.addmm_(b, a)
-    lengths = torch.linalg.vector_norm(b, dim=0).double() * torch.linalg.vector_norm(a, dim=1).double()
-    return float(lengths.square().sum())
+    # torch takes ten times as long for the norms of columns
+    return float(b.square().sum(dim=0).double().dot(a.square().sum(dim=1).double()))
 
 
 def _decomposed(dense: _Dense, rank: int) -> Singular:
