@@ -3,8 +3,8 @@
 The canonical form is exported: one rank r for all modules, or one for each where a share of the energy is asked for, and
 alpha = r, so that the scale is 1 and every loader agrees on it. The cut to a rank is the best one: the first r columns of b and
 rows of a, where the global adapter's directions are in falling order, and they are put in it where its strategy keeps other
-factors. In the first case a folder of one rank computes what a device computes with the slice of that rank. One module is in memory
-at a time.
+factors, as they were for the slices. In the first case a folder of one rank computes what a device computes with the slice of that
+rank. One module is in memory at a time.
 """
 
 from __future__ import annotations

@@ -82,8 +82,14 @@ def module_piece(plan: Plan, round: int, module: str, kept: Factors, best: Facto
     """One module of the adapter as it is kept, its best approximation's cut at every rung, and what training starts from.
 
     kept, best: b (n_out, k), a (k, n_in), the best one with b = U√S, a = √S Vᵀ; where the strategy keeps singular form they are
-    the same. Raises NonFiniteSlice where the wire's dtype cannot hold it.
+    the same. Raises NonFiniteSlice where the wire's dtype cannot hold it, UnmergeableRound for factors of other shapes.
     """
+    (n_out, n_in), cap = (len(best.b), best.a.shape[1]), plan.global_rank
+    if kept.b.shape != (n_out, kept.rank) or kept.a.shape[1:] != (n_in,) or kept.rank > cap:
+        raise errors.UnmergeableRound(
+            f"strategy {plan.strategy.name} kept factors of shapes {list(kept.b.shape)} and {list(kept.a.shape)} of {module}; "
+            f"at most {cap} directions of {n_out} × {n_in} were expected"
+        )
     rows = fresh_rows(plan.global_rank, best.a.shape[1], seed=plan.seed, round=round, module=module)
     whole = pad(Factors(b=kept.b.float(), a=kept.a.float()), plan.global_rank)
     singular = aggregation.load(plan.strategy.name).singular

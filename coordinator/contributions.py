@@ -185,7 +185,8 @@ def _counted(round: ModuleRound, weights: Weights, step: float) -> list[tuple[Co
 def untouched(round: ModuleRound) -> Term:
     """The adapter's directions that nobody trained in this round."""
     kept = torch.ones(round.adapter.rank, dtype=torch.float64)
-    kept[: max(c.factors.rank for c in round.contributions)] = 0.0
+    for c in round.contributions:
+        kept[c.positions[c.positions < len(kept)]] = 0.0
     return Term(round.adapter, kept)
 
 

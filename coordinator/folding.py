@@ -90,7 +90,7 @@ _ROOM = _Room(ROOM)
 def _formed(w: Sum, dtype: torch.dtype) -> _Dense:
     n_out, n_in = w.shape
     weights = [term.weights() for term in w.terms]
-    unit = max(float(c.abs().max()) for c in weights) or 1.0
+    unit = max((float(c.abs().max()) for c in weights if len(c)), default=0.0) or 1.0
     wide = max(BLOCK, max(len(c) for c in weights))
     found, b, a = torch.zeros(w.shape, dtype=dtype), torch.empty(n_out, wide, dtype=dtype), torch.empty(wide, n_in, dtype=dtype)
     floor, filled = 0.0, 0
@@ -118,7 +118,9 @@ def _decomposed(dense: _Dense, rank: int) -> Singular:
     side = dense.matrix if wide else dense.matrix.T  # its rows are the smaller side
     width = rank + spectrum.EXTRA
     found = _followed(side, rank, width) if rank > 0 and len(side) >= 4 * width else None
-    left, right, values, total, most = found or _full(side, rank, dense.floor)
+    # A float64 sum's own rounding is far below that of a Gram matrix, which is in proportion to the sum and not to its terms.
+    floor = dense.floor if side.dtype == torch.float32 else symmetric.EPSILON * dense.floor
+    left, right, values, total, most = found or _full(side, rank, floor)
     b, a = (left, right) if wide else (right.T, left.T)
     root, square = dense.unit**0.5, dense.unit**2
     return Singular(b * root, a.contiguous() * root, values * square, total * square, most * square)

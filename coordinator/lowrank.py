@@ -7,6 +7,7 @@ decided is decided on Gram matrices of the stacked factors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Truncation:
     b: Tensor  # (n_out, k) float32
     a: Tensor  # (k, n_in) float32
     s: Tensor  # (k,) float64, singular values, falling
-    total: float  # ‖W‖²_F
+    total: float  # ‖W‖²_F; 0 where it is nothing but rounding
     stacked_rank: int
     short: float  # the share of ‖W‖²_F by which the best of this rank may hold more; 0 where this is the best
 
@@ -46,10 +47,11 @@ class Truncation:
 
 
 def truncate(w: Sum, rank: int) -> Truncation:
-    """The best approximation of a sum by at most that rank, with exactly computed energies.
+    """The best approximation of a sum by at most that rank, with energies from its own Gram matrices.
 
-    Which method is used follows from shape, stacked rank and rank alone (see `truncation`). A shortened one counts only
-    with the proof that what it leaves out is within 1 % of the least that can be left out; otherwise the exact one is used.
+    Which method is tried first follows from shape, stacked rank and rank alone (see `truncation`). A shortened one counts only
+    with the proof that what it leaves out is within 1 % of the least that can be left out; otherwise the exact one is used, and
+    where directions cancel so far that their Gram matrices would not see what they leave, the dense sum.
     Raises NoContributions for an empty sum, MismatchedSlice for factors of other shapes, NonFiniteSlice for NaN,
     infinity, or a result that float32 cannot hold.
     """
@@ -63,7 +65,21 @@ def _singular(w: Sum, rank: int) -> truncation.Singular:
         return folded(w, rank)
     stack = stacked(w)
     found = truncation.quick(stack, rank) if truncation.quicker(w.shape, stack.rank, rank) else None
-    return found or truncation.exact(stack, rank)
+    return found or truncation.exact(stack, rank) or folded(w, rank)
+
+
+def held(w: Sum, found: Truncation, total: float, ranks: Sequence[int]) -> dict[int, float]:
+    """1 − ‖W − K_r‖² / ‖W‖² for the leading r directions of another matrix K, which need not be W's own; total: ‖W‖²_F.
+
+    ‖W − K_r‖² = ‖W‖² − Σ (2 ⟨W, uᵢ σᵢ vᵢᵀ⟩ − σᵢ²), the products from factors alone. Cost D R r.
+    """
+    inner = torch.zeros(len(found.s), dtype=torch.float64)
+    b, a = found.b.double(), found.a.double()
+    for term in w.terms:
+        part = term.load(w.shape)
+        inner += ((b.T @ part.b.double()) * (a @ part.a.double().T)) @ term.weights()
+    gained = 2 * inner - found.s.square()
+    return {rank: min(1.0, max(0.0, float(gained[:rank].sum()) / total)) if total > 0 else 1.0 for rank in ranks}
 
 
 def written(found: truncation.Singular, stacked_rank: int) -> Truncation:

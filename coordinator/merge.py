@@ -22,9 +22,9 @@ from coordinator.aggregation import Contribution, Given, ModuleRound
 from coordinator.assembly import Assembly, Merged, Piece, module_piece, tensor_piece
 from coordinator.blobs import Blobs
 from coordinator.initial import first_adapter
-from coordinator.lowrank import truncate
+from coordinator.lowrank import held, truncate
 from coordinator.reading import SliceReader, StoredFactors, TrainedFactors, ahead, learn, open_slice
-from coordinator.sums import Stored
+from coordinator.sums import Stored, Sum, Term
 from protocol import errors
 from protocol.plan import Head, Plan
 from protocol.slices import TORCH_DTYPES, Factors
@@ -98,10 +98,16 @@ def _merged(task: ModuleTask, state: ModuleRound) -> Piece:
     strategy = aggregation.check(plan.strategy)
     w = strategy.combine(state)
     found = truncate(w, plan.global_rank)
-    kept = {rank: found.kept(rank) for rank in sorted({*plan.ranks.ladder, plan.global_rank})}
-    energy = Energy(total=found.total, kept=kept, stacked_rank=found.stacked_rank, short=found.short)
-    best = found.padded(plan.global_rank)
-    return module_piece(plan, task.round.round, task.name, strategy.keep(state, w, best), best, energy)
+    best = kept = found.padded(plan.global_rank)
+    ranks = sorted({*plan.ranks.ladder, plan.global_rank})
+    shares = {rank: found.kept(rank) for rank in ranks}
+    if not strategy.singular:
+        # What is handed out, measured and read out is what is kept, which need not be the sum's best.
+        kept = strategy.keep(state, w, best)
+        own = truncate(Sum(w.shape, [Term(kept, 1.0)]), plan.global_rank)
+        best, shares = own.padded(plan.global_rank), held(w, own, found.total, ranks)
+    energy = Energy(total=found.total, kept=shares, stacked_rank=found.stacked_rank, short=found.short)
+    return module_piece(plan, task.round.round, task.name, kept, best, energy)
 
 
 def merge_tensor(task: ModuleTask) -> Piece:

@@ -33,6 +33,7 @@ def stacked(w: Sum) -> Stack:
     to a factor and float32's rounding, which is what the adapter itself was rounded to. Then they cost nothing.
     """
     first, own = w.terms[0].load(w.shape), w.terms[0].weights().clone()
+    size = own.abs()  # of all that was folded into a direction, which may have cancelled
     filled, weights = _Filled(w.shape, w.rank), []
     for term in w.terms[1:]:
         part, c = term.load(w.shape), term.weights()
@@ -42,8 +43,9 @@ def stacked(w: Sum) -> Stack:
             weights.append(c)
         else:
             own[: part.rank] += c * multiples
+            size[: part.rank] += (c * multiples).abs()
     if len(w.terms) > 1:
-        first, own = _counting(first, own, largest=max(float(c.abs().max()) for c in (own, *weights)))
+        first, own = _counting(first, own, size)
     filled.add(first)
     return filled.stack(torch.cat([*weights, own]))
 
@@ -70,9 +72,9 @@ class _Filled:
         return Stack(self._b[:, : self._rank], self._a[: self._rank], c, torch.cat(self._places))
 
 
-def _counting(part: Factors, c: Tensor, largest: float) -> tuple[Factors, Tensor]:
-    """The directions that have numbers and a weight: folded weights may cancel, and leave rounding."""
-    live = (c.abs() > 16 * symmetric.EPSILON * largest) & ((part.b != 0).any(dim=0) | (part.a != 0).any(dim=1))
+def _counting(part: Factors, c: Tensor, size: Tensor) -> tuple[Factors, Tensor]:
+    """The directions that have numbers and a weight: folded weights may cancel, and leave rounding of their size."""
+    live = (c.abs() > 16 * symmetric.EPSILON * size) & ((part.b != 0).any(dim=0) | (part.a != 0).any(dim=1))
     return (part, c) if bool(live.all()) else (Factors(b=part.b[:, live], a=part.a[live]), c[live])
 
 

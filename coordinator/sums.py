@@ -43,8 +43,13 @@ class Term:
         return Factors(b=torch.as_tensor(found.b), a=torch.as_tensor(found.a))  # as they are, where they are there already
 
     def weights(self) -> Tensor:
-        """One weight per direction: (r,) float64."""
-        return torch.as_tensor(self.weight, dtype=torch.float64).expand(self.factors.rank)
+        """One weight per direction: (r,) float64. Raises NonFiniteSlice for NaN and infinity, MismatchedSlice for more or fewer of them."""
+        found = torch.as_tensor(self.weight, dtype=torch.float64)
+        if found.ndim and found.shape != (self.factors.rank,):
+            raise errors.MismatchedSlice(f"{list(found.shape)} weights came for {self.factors.rank} directions")
+        if not bool(torch.isfinite(found).all()):
+            raise errors.NonFiniteSlice("the weights of a sum's term hold NaN or infinity")
+        return found.expand(self.factors.rank)
 
 
 @dataclass(frozen=True)

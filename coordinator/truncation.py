@@ -1,6 +1,7 @@
 """From a stack to its leading singular triplets by Gram matrices, and the rule that says in which precision.
 
-exact    Gram matrices in float64, all of what is left out proved to be within EXACT of the least, or a full decomposition
+exact    Gram matrices in float64, all of what is left out proved to be within EXACT of the least, or a full decomposition; none
+         where directions cancel so far that they hide it
 quick    Gram matrices in float32, what is left out proved to be within HAIR of the least; none where that cannot be proved
 """
 
@@ -17,6 +18,7 @@ from protocol import errors
 
 HAIR = 0.01  # what the quick methods leave out is at most so much more than the least that can be left out
 EXACT = 1e-8  # the error of what is kept exceeds the least by at most this share of ‖W‖
+SEEN = 1e-9  # no share of ‖W‖² as large as this may be lost in the rounding of directions that cancel
 NARROW = 128  # a stack up to here is done exactly before anything else has begun
 ADVANTAGE = 1.2  # times by the estimate below: an exact result is worth a little
 NOISE = 2e-8  # of what is left out by float32 Gram matrices, as a share of the whole; measured: below 1e-8
@@ -79,13 +81,16 @@ class _Grams:
         return cls(a, b, float((a * b).sum(dtype=torch.float64)), floor)
 
 
-def exact(stack: Stack, rank: int) -> Singular:
+def exact(stack: Stack, rank: int) -> Singular | None:
     """Singular triplets from the R × R Gram matrices of the stack in float64; scratch 6 R² float64.
 
-    With A Aᵀ = L Lᵀ, C = diag(c):  S = Lᵀ C BᵀB C L  has the squared singular values of W = B C A as eigenvalues.
+    With A Aᵀ = L Lᵀ, C = diag(c):  S = Lᵀ C BᵀB C L  has the squared singular values of W = B C A as eigenvalues. None where the
+    directions cancel so far that their rounding, which is as large as they are, would hide what they leave.
     """
     grams = _Grams.of(stack, torch.float64)
     finite(grams.floor)
+    if symmetric.tolerance(stack.rank) * grams.floor > SEEN * grams.total:
+        return None
     root = symmetric.root(grams.a)  # (R, k)
     core, hint = symmetric.sandwich(root, grams.b), _mean(stack, root, rank)
     found = leading(core, rank, grams.total, grams.floor, hint)
@@ -188,8 +193,8 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     """x y in y's dtype, for a long x (n, R), which is turned into that some rows at a time; it lies in memory as x does."""
     n, k = len(x), y.shape[1]
     found = torch.empty(n, k, dtype=y.dtype) if x.stride(1) == 1 else torch.empty(k, n, dtype=y.dtype).T
-    rows = n if x.dtype == y.dtype else max(1, symmetric.CHUNK // (y.itemsize * max(1, len(y))))
-    for start in range(0, n, max(1, rows)):
+    rows = max(1, n if x.dtype == y.dtype else symmetric.CHUNK // (y.itemsize * max(1, len(y))))
+    for start in range(0, n, rows):
         torch.mm(x[start : start + rows].to(y.dtype), y, out=found[start : start + rows])
     return found
 

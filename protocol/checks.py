@@ -14,6 +14,8 @@ from protocol.contents import WIRE_NAMES, Header, contents
 from protocol.plan import Dtype, Layout, Sides
 from protocol.slices import TORCH_DTYPES, Factors
 
+CANCELLING = 1e4  # times what a slice's directions add up to they may hold alone; trained ones hold some times as much
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -85,13 +87,29 @@ def change_energy(new: Factors, scale: float, old: Factors, old_scale: float) ->
     return max(0.0, float((gram_b * (a @ a.T)).sum()))
 
 
+def direction_energy(factors: Factors) -> float:
+    """Σ ‖bᵢ‖² ‖aᵢ‖²: what the directions would hold if none of them met another, in float64."""
+    return float(factors.b.double().square().sum(dim=0).dot(factors.a.double().square().sum(dim=1)))
+
+
 def check_change(load_new: Callable[[str], Factors], load_old: Callable[[str], Factors], expected: Expected) -> float:
     """‖change‖_F over all modules, one module in memory at a time.
 
     Raises ExcessiveChange where a slice of the next adapter might not hold it: with singular values up to s · m, where m is
     the wire's largest number, every split has factors up to m. Half of that leaves room for what the adapter is already.
+    And where a module's directions cancel each other beyond measure: they add up to little, and would drown a sum in their rounding.
     """
-    energy = sum(change_energy(load_new(m), expected.scale, load_old(m), expected.scale) for m in expected.layout.modules)
+    energy = 0.0
+    for module in expected.layout.modules:
+        new, old = load_new(module), load_old(module)
+        changed = change_energy(new, expected.scale, old, expected.scale)
+        alone, held = (expected.scale**2 * direction_energy(x) for x in (new, old))
+        if alone > CANCELLING * (changed + held):
+            raise errors.ExcessiveChange(
+                f"the directions of {module} cancel each other: alone they hold {alone:.6g}, and the change of what was handed out, "
+                f"which held {held:.6g}, is {changed:.6g}; at most {CANCELLING:g} times as much as both was expected"
+            )
+        energy += changed
     largest = expected.scale * torch.finfo(TORCH_DTYPES[expected.wire]).max / 2
     if not math.sqrt(energy) <= largest:
         raise errors.ExcessiveChange(f"the change's norm is {math.sqrt(energy):.6g}; slices in {expected.wire} can hold {largest:.6g}")

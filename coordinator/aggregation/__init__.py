@@ -150,12 +150,19 @@ def load(name: str) -> type[Strategy]:
     """The strategy of that name. Raises InvalidPlan for a name that is not there; nothing else is ever imported."""
     if name in _files():
         module = importlib.import_module(f"{__name__}.{name}")
-        return next(found for found in vars(module).values() if _is_strategy(found) and found.__module__ == module.__name__)
+        own = (found for found in vars(module).values() if _is_strategy(found) and found.__module__ == module.__name__)
+        return _checked(name, next(own, None))
     for point in entry_points(group=GROUP, name=name):
-        if _is_strategy(found := point.load()):
-            return found
-        raise errors.InvalidPlan(f"the entry point {name!r} of {GROUP} is no Strategy but {found!r}")
+        return _checked(name, point.load())
     raise errors.InvalidPlan(f"there is no strategy {name!r}; there are {', '.join(names())}")
+
+
+def _checked(name: str, found: object) -> type[Strategy]:
+    if not _is_strategy(found):
+        raise errors.InvalidPlan(f"{name!r} is no Strategy but {found!r}")
+    if found.singular and found.keep is not Strategy.keep:
+        raise errors.InvalidPlan(f"strategy {name} keeps factors of its own (keep); then it must say singular = False")
+    return found
 
 
 def check(choice: Choice) -> Strategy:
@@ -184,7 +191,7 @@ def _describe(name: str, kind: type[Strategy]) -> Description:
 
 
 def _files() -> list[str]:
-    return [file.name for file in pkgutil.iter_modules(__path__)]
+    return [file.name for file in pkgutil.iter_modules(__path__) if not file.name.startswith("_")]
 
 
 def _is_strategy(found: object) -> TypeGuard[type[Strategy]]:

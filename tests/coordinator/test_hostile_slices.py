@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from protocol import contents, errors, slices
 from protocol.checks import Expected, check_header
 from protocol.contents import Label
 from protocol.plan import Dtype
+from protocol.slices import Factors
 from protocol.states import ClientState, JobState, RoundState, RunState
 from tests.coordinator.hostile import MALFORMED, NON_FINITE, Lie, Parts, grown, lies, of_rank, pack, raw
 from tests.federation import LAYOUT, Federation, make_plan, moved
@@ -169,6 +172,23 @@ async def test_a_change_that_no_slice_could_hold_is_refused(small: Federation) -
 
     with pytest.raises(errors.ExcessiveChange, match="slices in float16 can hold 65504"):
         await device.put_slice(job, slices.pack(moved(start, job, size=0), job.layout, job.wire))
+
+    assert (await small.admin.job(run, job)).state is JobState.rejected
+
+
+@pytest.mark.parametrize("strategy", ["delta", "hlora", "folded", "flora"])
+async def test_directions_that_cancel_are_refused_however_little_they_add_up_to(small: Federation, strategy: str) -> None:
+    """Their sum may be nothing, and so is its norm; in a mean they would drown everybody else's in their rounding."""
+    run, (device, *_), (job, *_) = await small.training(make_plan(strategy={"name": strategy}))
+    start = moved(slices.unpack(await device.blob(job.slice.digest)), job)
+    factors = {}
+    for name, (n_out, n_in) in job.layout.modules.items():
+        v, u, beside = torch.full((n_out,), 1e4), torch.full((n_in,), 1e4), job.rank - 2
+        b, a = torch.stack([v, v, *[torch.zeros(n_out)] * beside], dim=1), torch.stack([u, -u, *[torch.zeros(n_in)] * beside])
+        factors[name] = Factors(b=b, a=a)
+
+    with pytest.raises(errors.ExcessiveChange, match="cancel each other"):
+        await device.put_slice(job, slices.pack(replace(of_rank(start, job.rank), factors=factors), job.layout, job.wire))
 
     assert (await small.admin.job(run, job)).state is JobState.rejected
 

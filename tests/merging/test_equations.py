@@ -12,14 +12,15 @@ from torch import Tensor
 from coordinator import aggregation
 from coordinator.aggregation import Contribution, ModuleRound
 from coordinator.blobs import Blobs
+from coordinator.contributions import untouched
 from coordinator.initial import first_adapter
 from coordinator.lowrank import truncate
 from coordinator.merge import Input
 from protocol import errors
 from protocol.plan import Choice
 from protocol.slices import Factors
-from tests.merging.rounds import merge
-from tests.merging.small import dense, make_plan, read, round_task, send, update
+from tests.merging.rounds import heard, merge, second_round
+from tests.merging.small import best, dense, make_plan, read, round_task, send, update
 from tests.merging.test_strategies import (
     STRATEGIES,
     Client,
@@ -220,6 +221,31 @@ def test_fedex_averages_a_direction_over_those_who_train_it() -> None:
     assert torch.allclose(kept.a[1], loaded(two.factors).a[1])
     assert torch.allclose(kept.b[:, 1], two.scale * loaded(two.factors).b[:, 1])
     assert torch.allclose(dense(kept), multiplied_out(w), atol=1e-5)
+
+
+def test_what_a_round_says_of_fedex_is_said_of_what_it_keeps(blobs: Blobs) -> None:
+    """With room for little beside the averages, what is kept holds less than the best approximation of the mean does."""
+    before, task = second_round(blobs, make_plan("fedex", cap=5))
+    found = merge(task, blobs)
+    for module, energy in found.energy.items():
+        whole = update(read(blobs, before.adapter), module)
+        for p, y, sent, start in heard(task, blobs):
+            began = dense(start.factors[module].leading(sent.label.rank), start.label.scale)
+            whole += p * y * (update(sent, module) - began)
+        kept = update(read(blobs, found.adapter), module)
+        lost = float((whole - kept).square().sum() / whole.square().sum())
+        assert 1 - energy.kept[5] == pytest.approx(lost, rel=1e-3, abs=1e-6)
+        assert lost > 1.01 * float((whole - best(whole, 5)).square().sum() / whole.square().sum())
+        for rank in (1, 2, 4):
+            assert torch.allclose(update(read(blobs, found.slices[rank]), module), best(kept, rank), atol=1e-5)
+            short = float((whole - best(kept, rank)).square().sum() / whole.square().sum())
+            assert 1 - energy.kept[rank] == pytest.approx(short, rel=1e-3, abs=1e-6)
+
+
+def test_the_directions_that_nobody_trained_are_those_that_no_portion_named() -> None:
+    round = make_round((20, 12), [Client(1, 1.0, 1.0, 1)])
+    rotated = replace(round, contributions=(replace(round.contributions[0], directions=(3,)),))
+    assert untouched(rotated).weights().tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -21,13 +21,18 @@ from tests.merging.test_truncation import dense, rand
 Method = Callable[[Sum, int], Singular]
 
 
+def exactly(w: Sum, rank: int) -> Singular:
+    """As `truncate` does it where nothing shorter is tried."""
+    return exact(stacked(w), rank) or folded(w, rank)
+
+
 def quick_or_exact(w: Sum, rank: int) -> Singular:
     """As `truncate` does it."""
-    return quick(stacked(w), rank) or exact(stacked(w), rank)
+    return quick(stacked(w), rank) or exactly(w, rank)
 
 
 METHODS: dict[str, tuple[Method, float]] = {  # with how much more than the least it may leave out
-    "exact": (lambda w, rank: exact(stacked(w), rank), 1e-6),
+    "exact": (exactly, 1e-6),
     "quick": (quick_or_exact, HAIR),
     "folded": (folded, HAIR),
 }

@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from coordinator import aggregation
 from coordinator.aggregation import Strategy
+from coordinator.assembly import module_piece
 from coordinator.blobs import Blobs
 from protocol import errors
 from protocol.plan import Choice
+from protocol.slices import Factors
+from protocol.views import Energy
 from tests.merging.rounds import merge, second_round
 from tests.merging.small import make_plan, read
 from tests.merging.test_strategies import Client, close, counted, handed, make_round, product, started
@@ -106,6 +110,42 @@ def test_an_entry_point_that_is_no_strategy_is_refused(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(errors.InvalidPlan, match="is no Strategy"):
         aggregation.load("impostor")
+
+
+def test_a_strategy_that_keeps_factors_of_its_own_must_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+from coordinator.aggregation.delta import Delta
+
+class Keeper(Delta):
+    \"\"\"Keeps what it likes.\"\"\"
+
+    def keep(self, round, w, best):
+        return best
+"""
+    install(tmp_path, "keeper", text, "keeper:Keeper", "keeper")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(errors.InvalidPlan, match="must say singular = False"):
+        aggregation.load("keeper")
+
+
+def test_a_file_of_the_folder_without_a_strategy_is_refused_and_one_that_hides_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "halves.py").write_text("HALF = 0.5\n")
+    (tmp_path / "_parts.py").write_text("PART = 0.25\n")
+    monkeypatch.setattr(aggregation, "__path__", [*aggregation.__path__, str(tmp_path)])
+    assert "_parts" not in aggregation.names()
+    with pytest.raises(errors.InvalidPlan, match="'halves' is no Strategy"):
+        aggregation.load("halves")
+
+
+@pytest.mark.parametrize("cap", [4, 6])
+def test_factors_that_do_not_fit_are_not_kept(cap: int) -> None:
+    plan = make_plan("fedavg", ladder=(4,), cap=cap)
+    energy, best = Energy(total=1.0, kept={}, stacked_rank=4), Factors(b=torch.zeros(20, cap), a=torch.zeros(cap, 12))
+    for kept in (Factors(b=torch.zeros(20, cap + 1), a=torch.zeros(cap + 1, 12)), Factors(b=torch.zeros(19, 2), a=torch.zeros(2, 12))):
+        with pytest.raises(errors.UnmergeableRound, match=f"at most {cap} directions of 20 × 12"):
+            module_piece(plan, 1, "block.q", kept, best, energy)
 
 
 def test_a_strategy_must_say_how_it_combines() -> None:

@@ -260,3 +260,60 @@ def test_factors_of_another_matrix_are_refused() -> None:
     factors = Factors(b=rand(5, 2, seed=1), a=rand(2, 6, seed=2))
     with pytest.raises(errors.MismatchedSlice, match=r"\[5, 2\] and \[2, 6\] .* 6 × 5"):
         truncate(Sum((6, 5), [Term(factors, 1.0)]), 2)
+
+
+# --- directions that cancel each other ----------------------------------------------------------------------------------
+
+
+def cancelling(shape: tuple[int, int], size: float) -> Factors:
+    """Two directions, each of that size squared, that add up to nothing."""
+    n_out, n_in = shape
+    v, u = (size * (8 * rand(n, seed=seed)).round() / 8 for n, seed in ((n_out, 91), (n_in, 92)))  # whose products are exact
+    return Factors(b=torch.stack([v, v], dim=1), a=torch.stack([u, -u]))
+
+
+@pytest.mark.parametrize("size", [1e1, 1e2, 1e3, 3e3, 1e4, 1e5])
+def test_what_cancels_does_not_hide_what_is_there(size: float) -> None:
+    """Beside 10²⁰ times its energy, which adds up to nothing, a sum is as well approximated as without, and its energies are true."""
+    shape, rank = (200, 160), 16
+    terms = [Term(Factors(b=rand(200, 4, seed=n), a=rand(4, 160, seed=50 + n)), 10.0**-n) for n in range(5)]
+    alone = dense(Sum(shape, terms))
+
+    found = truncate(Sum(shape, [*terms, Term(cancelling(shape, size), 0.25)]), rank)
+
+    least, whole = float((alone - best(alone, rank)).norm()), float(alone.norm())
+    assert error(found, alone) <= 1.01 * least + 1e-9 * whole
+    assert found.total == pytest.approx(whole**2, rel=1e-6)
+    assert (1 - found.kept(rank)) * found.total == pytest.approx(error(found, alone) ** 2, rel=0.02, abs=1e-9 * whole**2)
+
+
+def test_a_sum_that_is_nothing_but_what_cancels_is_zero() -> None:
+    found = truncate(Sum((200, 160), [Term(cancelling((200, 160), 1e4), 1.0)]), 4)
+    assert (len(found.s), found.total, found.kept(4), found.short) == (0, 0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, torch.tensor([1.0, math.nan, 1.0])])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_that_is_no_number_is_refused_wherever_it_stands(weight: float | Tensor, first: bool) -> None:
+    wrong = Term(Factors(b=rand(20, 3, seed=1), a=rand(3, 16, seed=2)), weight)
+    right = Term(Factors(b=rand(20, 3, seed=3), a=rand(3, 16, seed=4)), 1.0)
+    with pytest.raises(errors.NonFiniteSlice, match="weights"):
+        truncate(Sum((20, 16), [wrong, right] if first else [right, wrong]), 2)
+
+
+def test_other_weights_than_directions_are_refused_and_no_direction_is_none() -> None:
+    factors = Factors(b=rand(20, 3, seed=1), a=rand(3, 16, seed=2))
+    with pytest.raises(errors.MismatchedSlice, match=r"\[2\] weights came for 3 directions"):
+        truncate(Sum((20, 16), [Term(factors, torch.ones(2))]), 2)
+    nothing = Term(Factors(b=torch.zeros(20, 0), a=torch.zeros(0, 16)), 1.0)
+    w = Sum((20, 16), [nothing, Term(factors, 1.0)])
+    assert_best(truncate(w, 2), w, 2)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_how_large_weights_are_says_nothing_of_unlike_directions(first: int) -> None:
+    """A weight of 10¹⁶ beside factors of 10⁻¹⁶ counts as one beside factors of size one."""
+    one = Term(Factors(b=rand(20, 3, seed=1), a=rand(3, 16, seed=2)), 1.0)
+    other = Term(Factors(b=1e-8 * rand(20, 3, seed=3), a=1e-8 * rand(3, 16, seed=4)), 1e16)
+    w = Sum((20, 16), [one, other] if first == 0 else [other, one])
+    assert_best(truncate(w, 6), w, 6)
