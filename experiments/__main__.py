@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent import refusals
+from protocol import errors
 
 if TYPE_CHECKING:
     from experiments.material import Places
@@ -40,7 +42,7 @@ def run(
     ] = None,
 ) -> None:
     """Carry an experiment out, or go on where it was cut; then show what came of it."""
-    with refusals.told():
+    with _told():
         from rich.console import Console
 
         from experiments.bench import Bench
@@ -51,17 +53,17 @@ def run(
         experiment = read(file)
         if minutes is not None:
             experiment = experiment.model_copy(update={"budget_minutes": minutes})
-        results = Results(out)
-        results.describe(file)
+        results = Results(out, file)
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), experiment.numbers(seeds))
-        _show(out)
+        if results.all():  # the budget may have been used up in tuning
+            _show(out)
 
 
 @app.command()
 def report(folder: Folder) -> None:
     """Show the tables of some results, and write them beside as report.md, curves.png and curves.svg."""
-    with refusals.told():
+    with _told():
         _show(folder)
 
 
@@ -71,7 +73,7 @@ def publish(
     docs: Annotated[Path, typer.Option(help="folder of the documents", file_okay=False, exists=True)] = Path("docs"),
 ) -> None:
     """Store results beside the documents, and write evidence.md and its pictures from all that are stored."""
-    with refusals.told():
+    with _told():
         from experiments import page
 
         typer.echo(page.publish(folders or (), docs))
@@ -82,7 +84,7 @@ def experiments() -> None:
     """The experiments that come with the project: name, contestants × seeds × rounds, and the question."""
     from experiments.experiment import FOLDER, read
 
-    with refusals.told():
+    with _told():
         for file in sorted(FOLDER.glob("*.toml")):
             found = read(file)
             size = f"{len(found.contestants)} contestants × {found.seeds} seeds × {found.plan.get('rounds')} rounds"
@@ -99,7 +101,7 @@ def overhead(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Time the bench itself: what a run costs beside training steps and merging. Close other programs first."""
-    with refusals.told():
+    with _told():
         from experiments.experiment import read, some
         from experiments.timing import timed
 
@@ -107,6 +109,20 @@ def overhead(
         experiment = read(file)
         found = timed(experiment, some(experiment, only or ())[0], _places(file, models, data), rounds)
         typer.echo(found.model_dump_json() if as_json else str(found))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What went wrong in one line on stderr, and what to do; no trace."""
+    try:
+        yield
+    except errors.HLoRAError as error:
+        where = "; --models names the folder in which models are looked for first" if isinstance(error, errors.ModelRefusal) else ""
+        typer.echo(f"{error.detail}{where}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. What ended is kept: the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
 
 
 def _show(folder: Path) -> None:

@@ -17,6 +17,7 @@ from experiments.course import Setup, Told
 from experiments.experiment import Contestant, Experiment
 from experiments.material import Places
 from experiments.records import Results
+from protocol import errors
 
 
 @dataclass
@@ -45,23 +46,28 @@ class Bench:
     places: Places
     results: Results
     console: Console
+    trying: bool = False  # a run that fails is a result too
     began: float = field(default_factory=monotonic)
 
     def run(self, contestants: Sequence[Contestant], seeds: Sequence[int]) -> bool:
         """Do what is not done yet, first the tuning, then seed by seed; says whether all is done.
 
         Every plan is checked before the first run. Raises what plans, models and data are refused for, and Conflict where results
-        of other settings are in the way.
+        of other settings, or of another experiment, are in the way.
         """
+        self.results.check(self.experiment)
         if self.experiment.tuning is not None:
-            short = replace(self, experiment=tuning.shorter(self.experiment), results=Results(self.results.folder / tuning.FOLDER))
+            short = replace(
+                self, experiment=tuning.shorter(self.experiment), results=Results(self.results.folder / tuning.FOLDER), trying=True
+            )
             tried = [short.experiment.contestant(name) for contestant in contestants for name in tuning.names(self.experiment, contestant)]
             if not short.run(tried, [0]):
                 return False
             contestants = [tuning.frozen(self.experiment, contestant, short.results.all()) for contestant in contestants]
-        setups = {seed: self._setup(seed) for seed in seeds}
+        setups = {seed: self.setup(seed) for seed in seeds}
         waiting = [(setups[seed], contestant) for seed in seeds for contestant in contestants if not self._found(contestant, seed)]
         lengths = [sum(plan.rounds + 1 for _, plan in course.plans(setup, contestant)) for setup, contestant in waiting]
+        self.results.describe()
         pace = Pace(sum(lengths))
         with self._following(pace) as told:
             for (setup, contestant), rounds in zip(waiting, lengths, strict=True):
@@ -75,7 +81,8 @@ class Bench:
     def _found(self, contestant: Contestant, seed: int) -> bool:
         return self.results.find(contestant, seed, self.experiment.digest(contestant)) is not None
 
-    def _setup(self, seed: int) -> Setup:
+    def setup(self, seed: int) -> Setup:
+        """What all contestants of a seed have in common. Raises what model and data are refused for."""
         part = material.training(self.experiment, self.places, seed)
         held_out = material.held_out(self.experiment, self.places)
         return Setup(self.experiment, self.places, seed, part, held_out, fleet.members(self.experiment, part, seed))
@@ -83,7 +90,14 @@ class Bench:
     def _carry_out(self, setup: Setup, contestant: Contestant, told: Told) -> None:
         began = monotonic()
         self.results.keep_partition(setup.members, setup.training, setup.seed)
-        finished = asyncio.run(course.carry_out(setup, contestant, told))
+        try:
+            finished = asyncio.run(course.carry_out(setup, contestant, told))
+        except (errors.NonFiniteSlice, errors.Conflict) as error:
+            if not self.trying:
+                raise
+            self.results.keep(course.failed(setup, contestant, error.detail))
+            self.console.print(f"{contestant.name}, seed {setup.seed}: failed: {error.detail}")
+            return
         self.results.keep(finished)
         round, values = finished.values[-1]
         found = f"{words.metrics(values)} after round {round}"

@@ -65,6 +65,12 @@ async def carry_out(setup: Setup, contestant: Contestant, told: Told) -> Finishe
     return Finished(header, [_together(round, header.headline) for round in zip(*courses, strict=True)])
 
 
+def failed(setup: Setup, contestant: Contestant, reason: str) -> Finished:
+    """A run that came to nothing, with its reason."""
+    _, plan = plans(setup, contestant)[-1]
+    return Finished(_header(setup, contestant, resolve(plan)).model_copy(update={"failed": reason}), [])
+
+
 class _Course:
     """One federation, from its first round to its last."""
 

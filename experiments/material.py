@@ -70,7 +70,7 @@ def _drawn(source: Source, places: Places, seed: int) -> list[Row]:
 
 def _rows(source: Source, file: Path) -> list[Row]:
     try:
-        return [row for line in file.read_text("utf-8").splitlines() if line.strip() for row in _texts(source, json.loads(line))]
+        return [row for line in file.read_text("utf-8").split("\n") if line.strip() for row in _texts(source, json.loads(line))]
     except FileNotFoundError:
         raise errors.DataRefusal(f"{source.name}: {file} is not there; name the folder that holds it with --data") from None
     except KeyError as error:

@@ -24,12 +24,7 @@ def publish(results: Sequence[Path], docs: Path) -> Path:
     """
     for folder in results:
         experiment, _ = opened(folder)
-        stored = docs / STORED / experiment.name
-        shutil.rmtree(stored, ignore_errors=True)
-        for part in ("runs", "partitions", tuning.FOLDER):
-            if (folder / part).is_dir():
-                shutil.copytree(folder / part, stored / part, ignore=shutil.ignore_patterns("*.part"))
-        shutil.copyfile(folder / FILE, stored / FILE)
+        _store(folder, docs / STORED / experiment.name)
     if not (docs / STORED).is_dir():
         raise errors.InvalidRequest(f"no results are stored in {docs / STORED}; name a folder of results")
     for folder in sorted((docs / STORED).iterdir()):
@@ -39,6 +34,20 @@ def publish(results: Sequence[Path], docs: Path) -> Path:
         shutil.move(picture, docs / IMAGES / f"evidence-{experiment.name}.png")
     (docs / PAGE).write_text(page(docs), "utf-8")
     return docs / PAGE
+
+
+def _store(folder: Path, stored: Path) -> None:
+    """Copy results; those that were stored before are there until the copy is whole."""
+    if stored.is_dir() and stored.samefile(folder):
+        return
+    growing = stored.with_name(f".{stored.name}.part")
+    shutil.rmtree(growing, ignore_errors=True)
+    for part in ("runs", "partitions", tuning.FOLDER):
+        if (folder / part).is_dir():
+            shutil.copytree(folder / part, growing / part, ignore=shutil.ignore_patterns("*.part"))
+    shutil.copyfile(folder / FILE, growing / FILE)
+    shutil.rmtree(stored, ignore_errors=True)
+    growing.replace(stored)
 
 
 def page(docs: Path) -> str:

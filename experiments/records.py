@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from experiments.experiment import Contestant, slug
+from experiments.experiment import Contestant, Experiment, read, slug
 from protocol import VERSION, errors
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Header(Record):
     headline: int  # the largest rank that any device runs: where the global adapter is looked at first
     software: dict[str, str]
     machine: dict[str, str]
+    failed: str | None = None  # why there are no rounds: tried settings may be none that learn
 
 
 class Seconds(Record):
@@ -110,11 +111,18 @@ class Results:
     """The folder of one experiment's results."""
 
     folder: Path
+    source: Path | None = None  # the experiment's file
 
-    def describe(self, file: Path) -> None:
+    def check(self, experiment: Experiment) -> None:
+        """Raise Conflict where the folder holds another experiment's results."""
+        if (kept := self.folder / FILE).is_file() and (other := read(kept).name) != experiment.name:
+            raise errors.Conflict(f"{self.folder} holds results of the experiment {other}; choose another folder for {experiment.name}")
+
+    def describe(self) -> None:
         """Keep the experiment's file beside its results."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / FILE).write_bytes(file.read_bytes())
+        if self.source is not None and self.source != self.folder / FILE:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / FILE).write_bytes(self.source.read_bytes())
 
     def file(self, contestant: str, seed: int) -> Path:
         """Where a run is kept."""

@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from experiments.experiment import Experiment
+from coordinator import aggregation
+from coordinator.portions import Portion
+from experiments.experiment import Contestant, Experiment
+from experiments.plans import overlaid
 from experiments.records import ALL, Finished
+from protocol.plan import Plan
 
 BySeed = Mapping[int, float]
 
@@ -19,6 +23,7 @@ class Line:
     name: str
     runs: Mapping[int, Finished]
     metric: str
+    whole: bool = False  # every device holds all of the adapter, of which it trains its rank
 
     def final(self) -> BySeed:
         """The last value at the largest rank that any device runs."""
@@ -43,10 +48,11 @@ class Line:
         return {seed: 1 - kept[rank] for seed, kept in last.items() if rank in kept}
 
     def by_class(self, kind: str) -> BySeed:
-        """The last value for one class of devices: at its own rank, on its own mix of rows."""
+        """The last value for one class of devices: of what it holds of the adapter, on its own mix of rows."""
         found = {}
         for seed, run in self.runs.items():
-            at = run.rounds[-1].measures.get(run.header.ranks.get(kind, 0))
+            last = run.rounds[-1].measures
+            at = last.get(max(last) if self.whole else run.header.ranks.get(kind, 0))
             if at is not None and run.header.mixes[kind].keys() <= at.keys():
                 found[seed] = sum(share * at[rows][self.metric] for rows, share in run.header.mixes[kind].items())
             elif at is not None:
@@ -74,7 +80,14 @@ class Line:
 def lines(experiment: Experiment, runs: Sequence[Finished]) -> list[Line]:
     """The contestants that have runs, in the experiment's order."""
     own = {c.name: {run.header.seed: run for run in runs if run.header.contestant == c.name} for c in experiment.contestants}
-    return [Line(name, found, experiment.measures.metric) for name, found in own.items() if found]
+    whole = {contestant.name for contestant in experiment.contestants if _holds_all(experiment, contestant)}
+    return [Line(name, found, experiment.measures.metric, name in whole) for name, found in own.items() if found]
+
+
+def _holds_all(experiment: Experiment, contestant: Contestant) -> bool:
+    chosen = overlaid(experiment.plan, contestant.plan).get("strategy")
+    name = chosen["name"] if isinstance(chosen, dict) else Plan.model_fields["strategy"].default.name
+    return aggregation.load(str(name)).portion is not Portion.leading
 
 
 def better(experiment: Experiment) -> int:

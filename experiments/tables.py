@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,8 @@ def _classes(experiment: Experiment, found: Sequence[Line]) -> Table:
     kinds = [kind.name for kind in experiment.classes]
     return Table(
         "Each class of devices",
-        "The last adapter at the rank that the class runs, on held-out rows in the proportions of its own rows.",
+        "The last adapter as the class holds it, on held-out rows in the proportions of its own rows: at its own rank, or whole where the "
+        "strategy hands out all of it.",
         ["contestant", *kinds],
         [[line.name, *(told(line.by_class(kind)) for kind in kinds)] for line in found],
     )
@@ -122,7 +124,7 @@ def _tuning(experiment: Experiment, contestants: Sequence[Contestant], tuned: Se
     for contestant in contestants:
         tried = tuning.trials(experiment, contestant, tuned)
         chosen = tuning.best(experiment, tried)
-        values = [NONE if trial.value is None else f"{trial.value:.3f}" for trial in tried]
+        values = [NONE if trial.value is None else f"{trial.value:.3f}" if math.isfinite(trial.value) else "failed" for trial in tried]
         rows.append([contestant.name, *(f"**{v}**" if trial is chosen else v for v, trial in zip(values, tried, strict=True))])
     return Table(
         "What each was tuned to",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ FOLDER = "tuning"  # within an experiment's results: those of the short runs
 
 
 class Trial(NamedTuple):
-    """Settings that a contestant tried, and the last value that it came to; none while that run has not ended."""
+    """Settings that a contestant tried, and the last value that it came to: none before that run has ended, the worst if it failed."""
 
     settings: Settings
     value: float | None
@@ -50,7 +51,8 @@ def names(experiment: Experiment, contestant: Contestant) -> list[str]:
 def trials(experiment: Experiment, contestant: Contestant, runs: Sequence[Finished]) -> list[Trial]:
     """What the contestant tried in these short runs."""
     metric = experiment.measures.metric
-    found = {run.header.contestant: run.values[-1][1][metric] for run in runs}
+    worst = -better(experiment) * math.inf
+    found = {run.header.contestant: worst if run.header.failed else run.values[-1][1][metric] for run in runs}
     tries = experiment.tuning.tries if experiment.tuning else []
     return [Trial(settings, found.get(_named(contestant, n))) for n, settings in enumerate(tries)]
 

@@ -14,13 +14,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from experiments import tuning
+from experiments import course, tuning
 from experiments.__main__ import app
 from experiments.bench import Bench
 from experiments.experiment import FOLDER, Experiment, read, some
 from experiments.material import Places
 from experiments.records import Finished, Results, RoundRecord
 from experiments.report import opened, tuned
+from experiments.summary import lines
 from experiments.tables import tables
 from experiments.timing import timed
 from protocol import errors
@@ -209,6 +210,36 @@ def test_nothing_is_frozen_before_everything_was_tried(places: Places, tmp_path:
     assert tuning.frozen(given, given.contestants[0], tuned(tmp_path)) == given.contestants[0]
 
 
+def test_settings_with_which_nothing_was_learned_are_the_worst(places: Places, tmp_path: Path) -> None:
+    tries = [{"training": {"learning_rate": rate}} for rate in (5.0, 1e-2)]
+    given = experiment(tuning={"rounds": 1, "tries": tries}, seeds=1)
+    (delta,) = some(given, ["delta"])
+    assert Bench(given, places, Results(tmp_path), SILENT).run([delta], given.numbers())
+    short, trials = tuning.shorter(given), Results(tmp_path / tuning.FOLDER)
+    setup = Bench(short, places, trials, SILENT).setup(0)
+
+    trials.keep(course.failed(setup, short.contestant("delta try 1"), "the training loss is nan"))
+
+    first, second = tuned(tmp_path)
+    assert (first.header.failed, first.rounds, second.header.failed) == ("the training loss is nan", [], None)
+    assert tuning.frozen(given, delta, [first, second]).plan["training"] == {"learning_rate": 1e-2}
+    (row,) = tables(given, Results(tmp_path).all(), [first, second])[-1].rows
+    assert row[1] == "failed"
+    assert row[2].startswith("**")
+
+
+def test_a_device_that_is_handed_the_whole_adapter_is_measured_with_it(places: Places, tmp_path: Path) -> None:
+    """Both classes of `folded` hold rank 4; of `delta` the weak ones hold rank 1."""
+    both = [{"name": name, "plan": {"strategy": {"name": name}}} for name in ("delta", "folded")]
+    given = experiment(contestants=both, reference="delta", targets=[])
+    for line in lines(given, carry_out(given, places, tmp_path)):
+        (run,) = line.runs.values()
+        last, mixes = run.rounds[-1].measures, run.header.mixes
+        for kind, rank in {"weak": 1 if line.name == "delta" else 4, "strong": 4}.items():
+            wanted = sum(share * last[rank][rows]["loss"] for rows, share in mixes[kind].items())
+            assert line.by_class(kind)[0] == pytest.approx(wanted)
+
+
 def test_whatever_is_missing_is_named(places: Places, tmp_path: Path) -> None:
     with pytest.raises(errors.DataRefusal, match="--data"):
         carry_out(experiment(), Places(places.models, tmp_path), tmp_path)
@@ -251,6 +282,40 @@ def test_what_is_published_is_a_page_that_names_all_that_was_run(quick: Path, tm
     assert (tmp_path / "images" / "evidence-quick.png").exists()
     assert CliRunner().invoke(app, ["publish", "--docs", str(tmp_path)]).exit_code == 0
     assert (tmp_path / "evidence.md").read_text() == text
+
+
+def test_what_is_stored_is_not_lost_by_publishing_it_again(quick: Path, tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["publish", str(quick), "--docs", str(tmp_path)]).exit_code == 0
+    stored = tmp_path / "evidence" / "quick"
+    files = sorted(file.name for file in stored.rglob("*") if file.is_file())
+    assert CliRunner().invoke(app, ["publish", str(stored), "--docs", str(tmp_path)]).exit_code == 0
+    assert sorted(file.name for file in stored.rglob("*") if file.is_file()) == files
+    assert [folder.name for folder in stored.parent.iterdir()] == ["quick"]
+
+
+def test_a_run_that_is_refused_leaves_results_and_their_description_as_they_are(quick: Path, tmp_path: Path) -> None:
+    before = (quick / "experiment.toml").read_bytes()
+    text = (FOLDER / "quick.toml").read_text()
+    for name in ("quick-train.jsonl", "quick-held-out.jsonl"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    (tmp_path / "other.toml").write_text(text.replace('name = "quick"', 'name = "other"', 1))
+    (tmp_path / "changed.toml").write_text(
+        text.replace("batch_size = ", "batch_size = 1", 1).replace("on this machine", "on that machine", 1)
+    )
+    refused = {
+        "other.toml": "holds results of the experiment quick; choose another folder for other",
+        "changed.toml": "other settings",
+    }
+    for file, why in refused.items():
+        shown = CliRunner().invoke(app, ["run", str(tmp_path / file), "--out", str(quick), "--seeds", "1"])
+        assert shown.exit_code == 1, shown.output
+        assert why in shown.output
+        assert (quick / "experiment.toml").read_bytes() == before
+    missing = tmp_path / "missing"
+    shown = CliRunner().invoke(app, ["run", str(FOLDER / "qqp.toml"), "--out", str(missing), "--data", str(tmp_path)])
+    assert shown.exit_code == 1
+    assert "name the folder that holds it with --data" in shown.output
+    assert not missing.exists()
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.toml")), ids=lambda file: file.stem)
