@@ -64,7 +64,7 @@ class Bench:
             if not short.run(tried, [0]):
                 return False
             contestants = [tuning.frozen(self.experiment, contestant, short.results.all()) for contestant in contestants]
-        setups = {seed: self.setup(seed) for seed in seeds}
+        setups = {seed: self._setup(seed) for seed in seeds}
         waiting = [(setups[seed], contestant) for seed in seeds for contestant in contestants if not self._found(contestant, seed)]
         lengths = [sum(plan.rounds + 1 for _, plan in course.plans(setup, contestant)) for setup, contestant in waiting]
         self.results.describe()
@@ -81,8 +81,7 @@ class Bench:
     def _found(self, contestant: Contestant, seed: int) -> bool:
         return self.results.find(contestant, seed, self.experiment.digest(contestant)) is not None
 
-    def setup(self, seed: int) -> Setup:
-        """What all contestants of a seed have in common. Raises what model and data are refused for."""
+    def _setup(self, seed: int) -> Setup:
         part = material.training(self.experiment, self.places, seed)
         held_out = material.held_out(self.experiment, self.places)
         return Setup(self.experiment, self.places, seed, part, held_out, fleet.members(self.experiment, part, seed))

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from experiments import course, tuning
+from experiments import tuning
 from experiments.__main__ import app
 from experiments.bench import Bench
 from experiments.experiment import FOLDER, Experiment, read, some
@@ -210,22 +210,23 @@ def test_nothing_is_frozen_before_everything_was_tried(places: Places, tmp_path:
     assert tuning.frozen(given, given.contestants[0], tuned(tmp_path)) == given.contestants[0]
 
 
-def test_settings_with_which_nothing_was_learned_are_the_worst(places: Places, tmp_path: Path) -> None:
-    tries = [{"training": {"learning_rate": rate}} for rate in (5.0, 1e-2)]
-    given = experiment(tuning={"rounds": 1, "tries": tries}, seeds=1)
+def test_settings_with_which_no_round_comes_about_are_the_worst_and_stop_nobody(places: Places, tmp_path: Path) -> None:
+    times = {"lease": 30, "no_progress": 30, "job": 60, "round": 60}
+    hopeless = {"norm": {"bound": 1e-9, "action": "reject"}, "times": times}  # no change is as small
+    given = experiment(tuning={"rounds": 1, "tries": [hopeless, {"training": {"learning_rate": 1e-2}}]}, seeds=1)
     (delta,) = some(given, ["delta"])
-    assert Bench(given, places, Results(tmp_path), SILENT).run([delta], given.numbers())
-    short, trials = tuning.shorter(given), Results(tmp_path / tuning.FOLDER)
-    setup = Bench(short, places, trials, SILENT).setup(0)
 
-    trials.keep(course.failed(setup, short.contestant("delta try 1"), "the training loss is nan"))
+    assert Bench(given, places, Results(tmp_path), SILENT).run([delta], given.numbers())
 
     first, second = tuned(tmp_path)
-    assert (first.header.failed, first.rounds, second.header.failed) == ("the training loss is nan", [], None)
+    assert "round 1 was abandoned 3 times" in str(first.header.failed)
+    assert (first.rounds, second.header.failed) == ([], None)
     assert tuning.frozen(given, delta, [first, second]).plan["training"] == {"learning_rate": 1e-2}
     (row,) = tables(given, Results(tmp_path).all(), [first, second])[-1].rows
     assert row[1] == "failed"
     assert row[2].startswith("**")
+    with pytest.raises(errors.Conflict, match="round 1 was abandoned 3 times"):
+        carry_out(experiment(plan=given.plan | hopeless), places, tmp_path / "untuned", "delta")
 
 
 def test_a_device_that_is_handed_the_whole_adapter_is_measured_with_it(places: Places, tmp_path: Path) -> None:
