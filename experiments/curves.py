@@ -84,7 +84,7 @@ def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Ma
 
 def _energy(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Mapping[str, dict[str, str]]) -> None:
     smallest = experiment.ranks[0]
-    axes.set_title(f"Energy of the update beyond rank {smallest}")
+    axes.set_title(f"Energy beyond rank {smallest}")
     for line in found:
         if _mixed(experiment, line.name):
             _plot(axes, line, lambda round: 1 - round.kept[smallest] if round.round and smallest in round.kept else None, looks[line.name])
