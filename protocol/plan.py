@@ -204,9 +204,7 @@ class Training(Strict):
     accumulate: int = Field(default=1, ge=1, le=65_536, description="forward passes per optimiser step")
     warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises")
     decay: bool = Field(default=True, description="let the learning rate fall linearly to zero within the job")
-    cooling: float = Field(
-        default=1.0, gt=0, le=1, description="learning rate of the last round's jobs, as a share of the first's; in between it falls"
-    )
+    cooling: float = Field(default=1.0, gt=0, le=1, description="learning rate of the last round, as a share of the first's; it falls")
     weight_decay: float = Field(default=0.0, ge=0, le=10)
     clip_norm: float | None = Field(default=1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: what the device does well")
@@ -290,10 +288,7 @@ class Plan(Strict):
         return self.uploads or self.wire
 
     def learning_rate(self, round: int) -> float:
-        """That of the jobs of a round, the first being 1: it falls to `training.cooling` times the plan's along half a cosine.
-
-        Source: Loshchilov and Hutter 2017 (arXiv:1608.03983), equation 5, over rounds and without restarts.
-        """
+        """That of a round's jobs, from 1: it falls to `cooling` times the plan's along half a cosine (Loshchilov, Hutter 2017, eq. 5)."""
         passed = min(max(0, round - 1) / max(1, self.rounds - 1), 1.0)
         share = self.training.cooling + (1 - self.training.cooling) * (1 + math.cos(math.pi * passed)) / 2
         return self.training.learning_rate * share
