@@ -40,13 +40,14 @@ def _store(folder: Path, stored: Path) -> None:
     """Copy results; those that were stored before are there until the copy is whole."""
     if stored.is_dir() and stored.samefile(folder):
         return
-    growing = stored.with_name(f".{stored.name}.part")
+    growing = stored.parent.with_name(f".{stored.name}.part")  # not beside the others: every folder there is read
     shutil.rmtree(growing, ignore_errors=True)
     for part in ("runs", "partitions", tuning.FOLDER):
         if (folder / part).is_dir():
             shutil.copytree(folder / part, growing / part, ignore=shutil.ignore_patterns("*.part"))
     shutil.copyfile(folder / FILE, growing / FILE)
     shutil.rmtree(stored, ignore_errors=True)
+    stored.parent.mkdir(exist_ok=True)
     growing.replace(stored)
 
 
