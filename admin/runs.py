@@ -8,10 +8,12 @@ import typer
 from rich.console import Group
 
 from admin import plans, words
+from admin.client import Client
 from admin.command import AsJson, answer, connect, facts, group, table
 from admin.naming import Run, run_id
 from admin.plans import PlanFile
 from admin.watch import watch
+from protocol import errors
 from protocol.views import RunView
 
 app = group("Start runs and follow them.")
@@ -23,13 +25,31 @@ def create(
     ctx: typer.Context,
     plan: PlanFile,
     idempotency_key: Annotated[str | None, typer.Option(help="any text; the same key again finds the run that it made")] = None,
+    continued: Annotated[
+        str | None, typer.Option("--continue", metavar="RUN", help="begin with the adapter that this run, by id or name, published")
+    ] = None,
+    continued_round: Annotated[
+        int | None, typer.Option("--continue-round", min=0, help="with --continue: that of this round, by default of the last one")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Start a run. The plan is resolved against its base model first, unless it is resolved already."""
+    if continued is None and continued_round is not None:
+        raise errors.InvalidRequest("--continue-round needs --continue: name the run whose round it is")
     found = plans.resolved(plans.read(plan))
     with connect(ctx) as client:
+        if continued is not None:
+            found = found.model_copy(update={"continues": _published(client, run_id(client, continued), continued_round)})
         made = client.create_run(found, idempotency_key)
     answer(made, as_json, f"{made.id}  {made.name}: follow it with `python -m admin runs watch {made.id}`")
+
+
+def _published(client: Client, run: str, number: int | None) -> str:
+    """The digest of a round's adapter, by default the last one's. Raises InvalidRequest where it has none yet."""
+    found = client.round(run, client.run(run).round if number is None else number)
+    if found.adapter is None:
+        raise errors.InvalidRequest(f"round {found.number} of run {run} is {found.state}; only a published round can be continued")
+    return found.adapter.digest
 
 
 @app.command("list")
@@ -64,6 +84,7 @@ def show(ctx: typer.Context, run: Run, as_json: AsJson = False) -> None:
         ("task", f"{plan.task.kind} on data {plan.data!r}"),
         ("strategy", f"{plan.strategy.name}, global rank {plan.global_rank}"),
         ("ranks", f"{ladder}, given by {plan.ranks.name}"),
+        ("continues", plan.continues or ""),
         ("cohort", f"{plan.cohort.target} contributions a round, {plan.cohort.quorum} suffice at the deadline"),
         ("plan", found.plan_digest),
     ]

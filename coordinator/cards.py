@@ -71,15 +71,20 @@ def _origin(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
 | clients' ranks | {", ".join(map(str, plan.ranks.ladder))}, given by the policy `{plan.ranks.name}` |
 | strategy | `{plan.strategy.name}` |
 | rank of the global adapter | {plan.global_rank} |
-{_head(plan)}| this folder | {_mean(found)}; {size:,} bytes of numbers |
+{_continued(plan)}{_head(plan)}| this folder | {_mean(found)}; {size:,} bytes of numbers |
 | left out of the global adapter | {f"{100 * found.left_out:.3g} % of its energy ‖ΔW‖²" if found.left_out else "nothing"} |
 | base model's fingerprint | `{plan.model.fingerprint}` |
 | plan | `{plan.digest()}` |"""
 
 
+def _continued(plan: Plan) -> str:
+    return "" if plan.continues is None else f"| begun with | the adapter `{plan.continues}` of an earlier run |\n"
+
+
 def _head(plan: Plan) -> str:
     frozen = [] if plan.layout is None or plan.adapter.head is Head.trained else plan.layout.full
-    return f"| never trained | {', '.join(frozen)}: as they were first made |\n" if frozen else ""
+    origin = "first made" if plan.continues is None else "begun with"
+    return f"| never trained | {', '.join(frozen)}: as they were {origin} |\n" if frozen else ""
 
 
 def _measured(facts: Facts) -> str:

@@ -12,7 +12,7 @@ from coordinator import access, aggregation, events, handout, ranks, rounds
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Job, Round, Run
 from protocol import errors
-from protocol.plan import Plan
+from protocol.plan import Plan, Sides
 from protocol.states import JobState, RoundState, RunState
 
 ENDED = (RunState.finished, RunState.stopped, RunState.failed)
@@ -46,6 +46,29 @@ def _check_buffered(plan: Plan, strategy: aggregation.Strategy) -> None:
         )
 
 
+def _check_continued(session: Session, plan: Plan) -> None:
+    """Raises InvalidPlan where what the plan continues is not here, or is an adapter of something else."""
+    if plan.continues is None:
+        return
+    found = session.scalar(select(Run).join(Round, Round.run_id == Run.id).where(Round.adapter == plan.continues).limit(1))
+    if found is None:
+        raise errors.InvalidPlan(
+            f"no round of this coordinator has published the adapter {plan.continues} that the plan continues; "
+            "`python -m admin rounds show RUN ROUND` tells a round's"
+        )
+    before = plan_of(found)
+    for what, ours, theirs in (
+        ("model", plan.model.fingerprint, before.model.fingerprint),
+        ("adapted modules", plan.layout and plan.layout.modules, before.layout and before.layout.modules),
+        ("tensors kept whole", plan.layout and plan.layout.full, before.layout and before.layout.full),
+        ("labels", getattr(plan.task, "labels", None), getattr(before.task, "labels", None)),
+    ):
+        if ours != theirs:
+            raise errors.InvalidPlan(f"the plan continues an adapter of run {found.name}, whose {what} are others than the plan's")
+    if aggregation.load(plan.strategy.name).sides is not Sides.both:
+        raise errors.InvalidPlan(f"strategy {plan.strategy.name} trains b on rows of a that only its seed decides; it continues no adapter")
+
+
 def create(session: Session, plan: Plan, key: str | None, now: datetime) -> tuple[Run, bool]:
     """Make a run; gives it and whether it is new: the same idempotency key and plan give the same run.
 
@@ -57,6 +80,7 @@ def create(session: Session, plan: Plan, key: str | None, now: datetime) -> tupl
         if before.plan_digest != plan.digest():
             raise errors.KeyReused("this idempotency key made a run from another plan; use a fresh key", run=before.id)
         return before, False
+    _check_continued(session, plan)
     run = Run(
         id=access.new_id("run"),
         name=plan.name,

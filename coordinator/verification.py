@@ -88,7 +88,8 @@ class Record:
 
     def adapters(self) -> set[str]:
         """The round's global adapter, and those that it was made from."""
-        before = (self.task.previous, self.task.earlier) if isinstance(self.task, RoundTask) else ()
+        task = self.task
+        before = (task.previous, task.earlier) if isinstance(task, RoundTask) else () if task is None else (task.continues,)
         return {self.names["adapter"], *(digest for digest in before if digest is not None)}
 
 
@@ -182,7 +183,7 @@ class Verifier:
         with tempfile.TemporaryDirectory(prefix="hlora-") as folder:
             scratch = Blobs.open(Path(folder).as_uri())
             try:
-                made = first_adapter(task, scratch) if isinstance(task, Plan) else merge_round(task, self._executor, scratch)
+                made = first_adapter(task, scratch, self._blobs) if isinstance(task, Plan) else merge_round(task, self._executor, scratch)
             except errors.InvalidPlan as error:
                 return Verdict.unknown, f"this program cannot merge it: {error}"
             except (errors.NotFound, errors.InvalidSlice, errors.UnmergeableRound) as error:
@@ -202,9 +203,12 @@ class Verifier:
             found, within = f"further from what was published than {bound}", f", within {bound}"
         if wrong:
             return Verdict.differs, f"{', '.join(wrong)}: {found}{self._versions(record)}"
-        count = len(task.inputs) if isinstance(task, RoundTask) else 0
+        if isinstance(task, RoundTask):
+            origin = f"{len(task.inputs)} contributions"
+        else:
+            origin = "the plan alone" if task.continues is None else "the adapter that the plan continues"
         files = f"adapter and {len(made.slices)} slices" + (f", {len(made.starts)} starts" if made.starts else "")
-        return Verdict.agrees, f"{files}, from {f'{count} contributions' if count else 'the plan alone'}{within}"
+        return Verdict.agrees, f"{files}, from {origin}{within}"
 
     def _near(self, what: str, published: str | None, made: str | None, wire: Dtype, scratch: Blobs) -> bool:
         if published is None or made is None:

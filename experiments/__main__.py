@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ Folder = Annotated[Path, typer.Argument(help="folder of results", exists=True, f
 Models = Annotated[Path | None, typer.Option(help="folder of model folders; by default that of the experiment's file", file_okay=False)]
 Data = Annotated[Path | None, typer.Option(help="folder of data files; by default that of the experiment's file", file_okay=False)]
 Only = Annotated[list[str] | None, typer.Option(help="only this contestant; may be repeated")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output, for scripts")]
 
 
 @app.command()
@@ -40,6 +42,7 @@ def run(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="begin no run that would end later, instead of the experiment's budget")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Carry an experiment out, or go on where it was cut; then show what came of it."""
     with _told():
@@ -57,14 +60,14 @@ def run(
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), experiment.numbers(seeds))
         if results.all():  # the budget may have been used up in tuning
-            _show(out)
+            _show(out, as_json)
 
 
 @app.command()
-def report(folder: Folder) -> None:
+def report(folder: Folder, as_json: AsJson = False) -> None:
     """Show the tables of some results, and write them beside as report.md, curves.png and curves.svg."""
     with _told():
-        _show(folder)
+        _show(folder, as_json)
 
 
 @app.command()
@@ -80,15 +83,18 @@ def publish(
 
 
 @app.command(name="list")
-def experiments() -> None:
+def experiments(as_json: AsJson = False) -> None:
     """The experiments that come with the project: name, contestants × seeds × rounds, and the question."""
     from experiments.experiment import FOLDER, read
 
     with _told():
-        for file in sorted(FOLDER.glob("*.toml")):
-            found = read(file)
-            size = f"{len(found.contestants)} contestants × {found.seeds} seeds × {found.plan.get('rounds')} rounds"
-            typer.echo(f"{file.stem:14} {size}\n{'':14} {' '.join(found.question.split())}\n")
+        found = [read(file) for file in sorted(FOLDER.glob("*.toml"))]
+        if as_json:
+            typer.echo(json.dumps([given.model_dump(mode="json", exclude_unset=True) for given in found], ensure_ascii=False))
+            return
+        for given in found:
+            size = f"{len(given.contestants)} contestants × {given.seeds} seeds × {given.plan.get('rounds')} rounds"
+            typer.echo(f"{given.name:14} {size}\n{'':14} {' '.join(given.question.split())}\n")
 
 
 @app.command()
@@ -98,7 +104,7 @@ def overhead(
     data: Data = None,
     only: Only = None,
     rounds: Annotated[int, typer.Option(min=1, help="rounds of the first contestant that are timed")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time the bench itself: what a run costs beside training steps and merging. Close other programs first."""
     with _told():
@@ -125,12 +131,17 @@ def _told() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _show(folder: Path) -> None:
+def _show(folder: Path, as_json: bool) -> None:
     from rich.console import Console
 
+    from experiments import figures
     from experiments import report as reports
 
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(reports.written(folder))
+    tables = reports.written(folder)
+    if as_json:
+        typer.echo(figures.report(*reports.opened(folder)).model_dump_json())
+    else:
+        Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(tables)
 
 
 def _places(file: Path, models: Path | None, data: Path | None) -> Places:

@@ -253,6 +253,7 @@ class Plan(Strict):
     ranks: Ranks
     cohort: Cohort
     rounds: int = Field(ge=1, le=100_000)
+    continues: Digest | None = Field(default=None, description="digest of the published adapter that it begins with; by default W = 0")
     times: Times = Times()
     evaluation: Evaluation = Evaluation()
     buffer: Buffer | None = Field(default=None, description="merge as contributions come, instead of in rounds that wait for each other")

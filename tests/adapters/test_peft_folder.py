@@ -250,6 +250,11 @@ def test_the_model_card_knows_models_that_a_package_carries_and_revisions(classi
     assert "import tiny_words\n" in text
     assert 'from_pretrained(tiny_words.get_model_path(), revision="v1", id2label=' in text
     assert "Measured by" not in text
+    assert "begun with" not in text
+    further = carried.model_copy(update={"continues": f"sha256:{1:064}"})
+    assert f"| begun with | the adapter `sha256:{1:064}` of an earlier run |" in card(
+        further, Facts("letters", 0, {}), ReadOut({"query": 4}, 0.0), 96
+    )
 
 
 def test_the_same_adapter_gives_the_same_archive(plan: Plan, tmp_path: Path) -> None:

@@ -99,6 +99,18 @@ async def test_the_same_key_again_finds_the_run_that_it_made(desk: Desk, plan_fi
     assert first == again != other
 
 
+async def test_a_run_continues_what_another_one_published(desk: Desk, plan_file: Path) -> None:
+    run = await play(desk, plan_file)
+    rounds = [await desk.federation.admin.round(run, number) for number in range(3)]
+    digests = [round.adapter.digest for round in rounds if round.adapter is not None]
+    by_name = RunDetail.model_validate(desk.tell("runs", "create", plan_file, "--continue", "small"))
+    by_id = RunDetail.model_validate(desk.tell("runs", "create", plan_file, "--continue", run, "--continue-round", 1))
+    assert [by_name.plan.continues, by_id.plan.continues] == [digests[2], digests[1]]
+    assert digests[1] in desk.say("runs", "show", by_id.id).replace("\n", "")
+    assert "of run" in desk.refusal("runs", "create", plan_file, "--continue", by_id.id)  # it has published nothing yet
+    assert "needs --continue" in desk.refusal("runs", "create", plan_file, "--continue-round", 1)
+
+
 async def test_a_run_may_be_named_by_the_beginning_of_its_id_or_its_name_if_only_one_is_meant(desk: Desk, plan_file: Path) -> None:
     run = desk.tell("runs", "create", plan_file)["id"]
     for text in (run, run[:12], run.partition("-")[2][:9], "small"):

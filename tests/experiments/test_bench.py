@@ -271,6 +271,9 @@ def test_the_command_leaves_results_tables_and_pictures(quick: Path) -> None:
     shown = CliRunner().invoke(app, ["report", str(quick)])
     assert "Where it ended" in shown.output
     assert CliRunner().invoke(app, ["report", str(quick / "runs")]).exit_code == 1
+    told = json.loads(CliRunner().invoke(app, ["report", str(quick), "--json"]).stdout)
+    assert [line["contestant"] for line in told["contestants"]] == ["rank 2 for all", "delta"]
+    assert told["contestants"][1]["final"]["by_seed"] == {"0": runs[0].values[-1][1]["loss"]}
 
 
 def test_what_is_published_is_a_page_that_names_all_that_was_run(quick: Path, tmp_path: Path) -> None:
@@ -323,6 +326,7 @@ def test_a_run_that_is_refused_leaves_results_and_their_description_as_they_are(
 def test_every_experiment_that_comes_with_the_project_can_be_read(file: Path) -> None:
     assert read(file).name == file.stem
     assert file.stem in CliRunner().invoke(app, ["list"]).output
+    assert file.stem in {given["name"] for given in json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)}
 
 
 def test_the_overhead_is_told_as_a_share_of_training_and_merging(places: Places, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from experiments import figures
+from experiments.experiment import FOLDER, read
 from experiments.intervals import Interval
 from experiments.records import Finished, Header, RoundRecord, Seconds
 from experiments.summary import Line
@@ -14,11 +16,11 @@ from experiments.tables import signed, told
 SECONDS = Seconds(whole=10.0, train=6.0, merge=2.0, measure=1.0)
 
 
-def run(losses: Sequence[float], seed: int = 0) -> Finished:
+def run(losses: Sequence[float], seed: int = 0, contestant: str = "ours") -> Finished:
     """A run of two classes and two sources: at rank 2 the loss is higher by 0.1, on news by as much as it is lower on questions."""
     header = Header(
         experiment="made up",
-        contestant="ours",
+        contestant=contestant,
         seed=seed,
         settings="",
         plan="",
@@ -83,3 +85,24 @@ def test_numbers_are_told_with_their_intervals_and_differences_in_bold() -> None
     assert signed(Interval(-0.05, 0.02, 5)) == "**−0.050 ± 0.020**"
     assert signed(Interval(0.01, 0.02, 5)) == "+0.010 ± 0.020"
     assert signed(None) == "–"
+
+
+def test_figures_for_scripts_hold_what_tables_say_and_the_values_of_every_seed() -> None:
+    """Ours ends at 2 and 3, theirs at 2.5 and 2.5; it was at 2.5 after 1.5 rounds of two, and never."""
+    given = read(FOLDER / "quick.toml").model_copy(update={"reference": "rank 2 for all", "targets": ["rank 2 for all"]})
+    ends = {"delta": ([4.0, 3.0, 2.0], [4.0, 3.0, 3.0]), "rank 2 for all": ([4.0, 3.0, 2.5], [4.0, 3.0, 2.5])}
+    runs = [run(losses, seed, name) for name, both in ends.items() for seed, losses in enumerate(both)]
+
+    told = figures.report(given, runs)
+
+    theirs, ours = told.contestants  # in the experiment's order
+    assert (told.metric, told.better, told.reference) == ("loss", "smaller", "rank 2 for all")
+    assert (ours.contestant, ours.final.mean, ours.final.by_seed) == ("delta", 2.5, {0: 2.0, 1: 3.0})
+    assert ours.final.half == pytest.approx(6.3531, abs=1e-3)
+    assert ours.difference is not None
+    assert (ours.difference.mean, theirs.difference) == (0.0, None)
+    assert ours.targets["rank 2 for all"].rounds == {0: 1.5, 1: None}
+    assert ours.ranks[2].by_seed == {0: pytest.approx(2.1), 1: pytest.approx(3.1)}
+    assert ours.bytes.mean == 3600
+    assert ours.seconds == {"train": 18.0, "merge": 6.0, "overhead": 6.0}
+    assert figures.Report.model_validate_json(told.model_dump_json()) == told

@@ -1,0 +1,97 @@
+"""An experiment's numbers for scripts: what the tables say, unrounded, and the values of every seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from experiments import intervals
+from experiments.experiment import Experiment
+from experiments.intervals import Interval
+from experiments.records import Finished, Record
+from experiments.summary import BySeed, Line, better, lines
+
+
+class Estimate(Record):
+    """A mean over seeds with half of its 95 % interval (none from one seed), and what it is the mean of."""
+
+    mean: float
+    half: float | None
+    by_seed: dict[int, float] = {}
+
+
+class Reach(Record):
+    """How soon a run was where another ended: rounds and bytes by seed, none for a seed that never was."""
+
+    rounds: dict[int, float | None]
+    bytes: dict[int, float | None]
+
+
+class Figures(Record):
+    """One contestant."""
+
+    contestant: str
+    final: Estimate  # the metric after the last round, at the largest rank that any device runs
+    difference: Estimate | None  # to the reference, seed by seed; none for itself, and without a common seed
+    mean: Estimate  # of the metric over all rounds
+    targets: dict[str, Reach]
+    ranks: dict[int, Estimate]  # the last adapter cut to that rank
+    classes: dict[str, Estimate]  # the last adapter as a class of devices holds it
+    beyond: Estimate | None  # share of the last update's energy beyond the smallest rank
+    bytes: Estimate  # up and down
+    seconds: dict[str, float]  # train, merge, overhead: of a whole run
+
+
+class Report(Record):
+    """All contestants of an experiment that have runs, in its order."""
+
+    experiment: str
+    question: str
+    answer: str | None
+    metric: str
+    better: str  # smaller, or larger
+    reference: str
+    contestants: list[Figures]
+
+
+def report(experiment: Experiment, runs: Sequence[Finished]) -> Report:
+    """The figures of these runs. There is at least one."""
+    found = {line.name: line for line in lines(experiment, runs)}
+    return Report(
+        experiment=experiment.name,
+        question=experiment.question,
+        answer=experiment.answer,
+        metric=experiment.measures.metric,
+        better="smaller" if better(experiment) < 0 else "larger",
+        reference=experiment.reference,
+        contestants=[_figures(experiment, line, found) for line in found.values()],
+    )
+
+
+def _figures(experiment: Experiment, line: Line, found: Mapping[str, Line]) -> Figures:
+    reference, sign = found.get(experiment.reference), better(experiment)
+    ranks = sorted({rank for run in line.runs.values() for rank in run.rounds[-1].measures})
+    apart = None if reference is None or reference is line else intervals.difference(line.final(), reference.final())
+    targets = {name: found[name].final() for name in experiment.targets if name in found}
+    classes = {kind.name: line.by_class(kind.name) for kind in experiment.classes}
+    beyond = line.beyond(experiment.ranks[0])
+    return Figures(
+        contestant=line.name,
+        final=_estimate(line.final()),
+        difference=None if apart is None else _told(apart),
+        mean=_estimate(line.mean()),
+        targets={name: Reach(rounds=line.rounds_to(end, sign), bytes=line.bytes_to(end, sign)) for name, end in targets.items()},
+        ranks={rank: _estimate(line.at(rank)) for rank in ranks},
+        classes={name: _estimate(values) for name, values in classes.items() if values},
+        beyond=_estimate(beyond) if beyond else None,
+        bytes=_estimate(line.bytes()),
+        seconds={part: _estimate(line.seconds(part)).mean for part in ("train", "merge", "overhead")},
+    )
+
+
+def _estimate(values: BySeed) -> Estimate:
+    found = intervals.interval(list(values.values()))
+    return Estimate(mean=found.mean, half=found.half, by_seed=dict(values))
+
+
+def _told(found: Interval) -> Estimate:
+    return Estimate(mean=found.mean, half=found.half)
