@@ -66,9 +66,7 @@ class Bench:
             contestants = [tuning.frozen(self.experiment, contestant, short.results.all()) for contestant in contestants]
         setups = {seed: self._setup(seed) for seed in seeds}
         waiting = [(setups[seed], contestant) for seed in seeds for contestant in contestants if not self._found(contestant, seed)]
-        lengths = [
-            sum(sum(plan.rounds for plan in plans) + 1 for _, plans in course.plans(setup, contestant)) for setup, contestant in waiting
-        ]
+        lengths = [sum(plan.rounds + 1 for _, plan in course.plans(setup, contestant)) for setup, contestant in waiting]
         self.results.describe()
         pace = Pace(sum(lengths))
         with self._following(pace) as told:

@@ -13,13 +13,13 @@ from experiments.experiment import Contestant, Experiment
 from experiments.fleet import Member, Stopwatch
 from experiments.material import Part, Places
 from experiments.measuring import Measurer, Values
-from experiments.plans import plans as plans_of
+from experiments.plans import plan as plan_of
 from experiments.records import Finished, Header, RoundRecord, Seconds, rounded
 from modelling.layout import resolve
 from protocol import errors
 from protocol.plan import Plan
 from protocol.states import JobKind, JobState, RunState
-from protocol.views import RoundView, RunDetail
+from protocol.views import RoundView
 from simulation.federation import Federation, federation
 
 EXECUTOR = "threads://1"  # what a run costs shall not depend on how many cores are free
@@ -39,11 +39,11 @@ class Setup:
     members: Sequence[Member]
 
 
-def plans(setup: Setup, contestant: Contestant) -> list[tuple[list[Member], list[Plan]]]:
-    """The contestant's federations, each with the plans that it carries out one after the other. Raises InvalidPlan."""
+def plans(setup: Setup, contestant: Contestant) -> list[tuple[list[Member], Plan]]:
+    """The contestant's federations, each with its plan. Raises InvalidPlan."""
     model = setup.places.model(setup.experiment)
     teams = fleet.teams(contestant, setup.members)
-    return [(team, plans_of(setup.experiment, contestant, model, team, setup.seed)) for team in teams]
+    return [(team, plan_of(setup.experiment, contestant, model, team, setup.seed)) for team in teams]
 
 
 async def carry_out(setup: Setup, contestant: Contestant, told: Told) -> Finished:
@@ -52,34 +52,33 @@ async def carry_out(setup: Setup, contestant: Contestant, told: Told) -> Finishe
     Raises Conflict with the reason if a run does not go on, and whatever plan, model or data are refused for.
     """
     courses = []
-    for team, unresolved in plans(setup, contestant):
+    for team, plan in plans(setup, contestant):
         with tempfile.TemporaryDirectory(prefix="hlora-") as folder:
-            resolved = [resolve(plan) for plan in unresolved]
+            resolved = resolve(plan)
             course = _Course(setup, team, resolved, Path(folder))
             rounds = []
             async for record in course.rounds():
                 told()
                 rounds.append(record)
         courses.append(rounds)
-    header = _header(setup, contestant, resolved[-1])
+    header = _header(setup, contestant, resolved)
     return Finished(header, [_together(round, header.headline) for round in zip(*courses, strict=True)])
 
 
 def failed(setup: Setup, contestant: Contestant, reason: str) -> Finished:
     """A run that came to nothing, with its reason."""
-    _, unresolved = plans(setup, contestant)[-1]
-    return Finished(_header(setup, contestant, resolve(unresolved[-1])).model_copy(update={"failed": reason}), [])
+    _, plan = plans(setup, contestant)[-1]
+    return Finished(_header(setup, contestant, resolve(plan)).model_copy(update={"failed": reason}), [])
 
 
 class _Course:
-    """One federation, from its first round to its last; a plan after another continues what that one ended with."""
+    """One federation, from its first round to its last."""
 
-    def __init__(self, setup: Setup, team: Sequence[Member], plans: Sequence[Plan], folder: Path) -> None:
+    def __init__(self, setup: Setup, team: Sequence[Member], plan: Plan, folder: Path) -> None:
         self._began = perf_counter()
-        self._setup, self._plans = setup, plans
-        self._last, self._headline = sum(plan.rounds for plan in plans), plans[-1].ranks.ladder[-1]
+        self._setup, self._plan = setup, plan
         self._measures = setup.experiment.measures
-        self._measurer = Measurer.prepared(plans[0], setup.held_out, self._measures.batch_size)
+        self._measurer = Measurer.prepared(plan, setup.held_out, self._measures.batch_size)
         self._stopwatch = Stopwatch()
         self._folder = folder
         rows = folder / "rows"
@@ -87,30 +86,26 @@ class _Course:
         self._devices = fleet.devices(team, setup.training, rows, setup.seed, setup.experiment.disturbances, self._stopwatch)
 
     async def rounds(self) -> AsyncIterator[RoundRecord]:
-        """Each round once it is published, counted through all plans."""
+        """Each round once it is published."""
         async with federation(self._devices, self._folder, executor=EXECUTOR) as found:
-            told, before, trained, began, digest = -1, 0, 0.0, self._began, None
-            for plan in self._plans:
-                async for run in found.run(plan.model_copy(update={"continues": digest})):
-                    for number in range(told + 1, before + run.round + 1):
-                        view = await found.round(run.id, number - before)
-                        passed = perf_counter() - began
-                        yield await self._record(found, run, view, number, (passed, self._stopwatch.seconds - trained))
-                        told, trained, began = number, self._stopwatch.seconds, perf_counter()
-                        digest = view.adapter and view.adapter.digest
-                    if run.state not in (RunState.running, RunState.finished):
-                        raise errors.Conflict(f"{plan.name} is {run.state}: {run.reason}")
-                before += plan.rounds
+            told, trained, began = -1, 0.0, self._began
+            async for run in found.run(self._plan):
+                for number in range(told + 1, run.round + 1):
+                    view = await found.round(run.id, number)
+                    passed = perf_counter() - began
+                    yield await self._record(found, run.id, view, passed, self._stopwatch.seconds - trained)
+                    told, trained, began = number, self._stopwatch.seconds, perf_counter()
+                if run.state not in (RunState.running, RunState.finished):
+                    raise errors.Conflict(f"{self._plan.name} is {run.state}: {run.reason}")
 
-    async def _record(self, found: Federation, run: RunDetail, view: RoundView, number: int, spent: tuple[float, float]) -> RoundRecord:
-        began, (whole, train) = perf_counter(), spent
-        ranks = self._ranks(number, run.plan)
-        measures = {rank: await self._measured(found, run, view.number, rank) for rank in ranks}
+    async def _record(self, found: Federation, run: str, view: RoundView, whole: float, train: float) -> RoundRecord:
+        began = perf_counter()
+        measures = {rank: self._measurer.measure(await found.tensors(run, view.number, rank), rank) for rank in self._ranks(view.number)}
         seconds = Seconds(
             whole=rounded(whole), train=rounded(train), merge=view.merge_seconds or 0.0, measure=rounded(perf_counter() - began)
         )
         return RoundRecord(
-            round=number,
+            round=view.number,
             contributions=view.contributions,
             lost=sum(job.kind is JobKind.train and job.state in LOST for job in view.jobs),
             ranks=view.ranks,
@@ -121,16 +116,12 @@ class _Course:
             seconds=seconds,
         )
 
-    async def _measured(self, found: Federation, run: RunDetail, number: int, rank: int) -> dict[str, Values]:
-        held = min(rank, run.plan.global_rank)  # all that there is, before a plan of larger ranks continues it
-        return self._measurer.measure(await found.tensors(run.id, number, held), held)
-
-    def _ranks(self, number: int, plan: Plan) -> list[int]:
+    def _ranks(self, number: int) -> list[int]:
         """The ranks at which a round is measured; before the first round they are all one."""
-        if number == self._last or (number and number % self._measures.rungs_every == 0):
-            rungs = {*self._setup.experiment.ranks, *plan.ranks.ladder, plan.global_rank}
-            return sorted(rank for rank in rungs if rank <= plan.global_rank)
-        return [] if number % self._measures.every else [self._headline]
+        if number == self._plan.rounds or (number and number % self._measures.rungs_every == 0):
+            rungs = {*self._setup.experiment.ranks, *self._plan.ranks.ladder, self._plan.global_rank}
+            return sorted(rank for rank in rungs if rank <= self._plan.global_rank)
+        return [] if number % self._measures.every else [self._plan.ranks.ladder[-1]]
 
 
 def _brief(values: Values) -> Values:

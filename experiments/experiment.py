@@ -60,14 +60,6 @@ class Disturbances(Strict):
     slowness: float = Field(default=0.0, ge=0, le=10, description="σ of the log-normal factor by which steps take longer; jobs are cut")
 
 
-class First(Strict):
-    """A run of the same devices that comes first; the contestant's own continues what it ended with."""
-
-    share: float = Field(gt=0, lt=1, description="of the experiment's rounds; the others are the contestant's own")
-    rank: Rank | None = Field(default=None, description="one rank for all; by default that of each client's class")
-    plan: Settings = Field(default={}, description="what it changes of the experiment's plan")
-
-
 class Contestant(Strict):
     """One line of the comparison: what it changes of the plan, and who takes part."""
 
@@ -77,14 +69,7 @@ class Contestant(Strict):
     )
     rank: Rank | None = Field(default=None, description="one rank for all; by default that of each client's class")
     clients: int | None = Field(default=None, ge=1, description="local only: how many clients, by default all")
-    first: First | None = Field(default=None, description="federated only: a run that is carried out before, and continued")
     plan: Settings = Field(default={}, description="tables and values that stand in place of the experiment's own")
-
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        if self.first is not None and self.kind != "federated":
-            raise ValueError(f"{self.name}: only a federated contestant can have a run before its own")
-        return self
 
 
 class Measures(Strict):

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from admin import words
 from experiments import curves, tuning
 from experiments.experiment import Contestant, Experiment
 from experiments.records import FILE, Finished
@@ -134,16 +133,8 @@ def _contestant(contestant: Contestant) -> str:
         case "local":
             who = f"{contestant.clients or 'all'} clients that never meet"
         case _:
-            who = _all(contestant.rank)
-    own, first = f"`{settings(contestant.plan)}`", contestant.first
-    if first is not None:
-        who = f"for {words.share(first.share)} of the rounds {_all(first.rank)}, then {who}"
-        own = f"first `{settings(first.plan)}`, then {own}"
-    return f"| {contestant.name} | {who} | {own} |"
-
-
-def _all(rank: int | None) -> str:
-    return "all clients, each at its class's rank" if rank is None else f"all clients, at rank {rank}"
+            who = "all clients, each at its class's rank" if contestant.rank is None else f"all clients, at rank {contestant.rank}"
+    return f"| {contestant.name} | {who} | `{settings(contestant.plan)}` |"
 
 
 def _seeds(runs: Sequence[Finished]) -> list[str]:

@@ -15,22 +15,8 @@ from protocol.plan import Model, Plan
 WHOLE = {"strategy", "ranks"}  # choices with options of their own: one stands in place of the other
 
 
-def plans(experiment: Experiment, contestant: Contestant, model: Model, team: Sequence[Member], seed: int) -> list[Plan]:
-    """The plans that one team carries out one after the other, not resolved yet. Raises InvalidPlan, naming contestant and value."""
-    whole = _plan(experiment, contestant, model, team, seed)
-    if contestant.first is None:
-        return [whole]
-    before = contestant.model_copy(update={"first": None, "rank": contestant.first.rank, "plan": contestant.first.plan})
-    opening = _plan(experiment, before, model, team, seed)
-    count = round(contestant.first.share * whole.rounds)
-    if not 0 < count < whole.rounds:
-        raise errors.InvalidPlan(
-            f"{contestant.name}: {contestant.first.share:g} of {whole.rounds} rounds leaves nothing to one of two runs"
-        )
-    return [opening.model_copy(update={"rounds": count}), whole.model_copy(update={"rounds": whole.rounds - count})]
-
-
-def _plan(experiment: Experiment, contestant: Contestant, model: Model, team: Sequence[Member], seed: int) -> Plan:
+def plan(experiment: Experiment, contestant: Contestant, model: Model, team: Sequence[Member], seed: int) -> Plan:
+    """The plan of one team, not resolved yet. Raises InvalidPlan, naming contestant and value."""
     told: Settings = {
         "name": contestant.name,
         "model": model.model_dump(),

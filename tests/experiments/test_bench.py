@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -113,34 +112,6 @@ def test_contestants_of_a_seed_share_rows_and_draws_and_another_seed_has_others(
     partition = [json.loads(line) for line in (tmp_path / "partitions" / "0.jsonl").read_text().splitlines()]
     assert [sum(share["rows"].values()) for share in partition] == [8] * 6
     assert sorted(share["kind"] for share in partition) == ["strong"] * 2 + ["weak"] * 4
-
-
-def test_a_contestant_may_continue_what_a_first_run_of_its_ended_with(places: Places, tmp_path: Path) -> None:
-    """Two rounds of unequal ranks, then one at rank 1 for all: counted through, and measured at the last run's rank."""
-    first = {"share": 0.7, "plan": {"strategy": {"name": "delta"}, "training": {"learning_rate": 0.02}}}
-    then = {"name": "polished", "rank": 1, "first": first, "plan": {"strategy": {"name": "fedavg"}}}
-    alone = {"name": "delta", "plan": first["plan"]}
-    given = experiment(contestants=[then, alone], reference="delta", targets=[])
-    given = given.model_copy(update={"plan": given.plan | {"rounds": 3}})
-
-    delta, polished = carry_out(given, places, tmp_path)
-
-    assert [round.round for round in polished.rounds] == [0, 1, 2, 3]
-    assert [sorted(round.ranks) for round in polished.rounds[1:]] == [sorted(r.ranks) for r in delta.rounds[1:3]] + [[1]]
-    assert [round.bytes_up for round in polished.rounds[:3]] == [round.bytes_up for round in delta.rounds[:3]]
-    assert [sorted(round.measures) for round in polished.rounds] == [[1]] * 4
-    assert polished.rounds[2].measures[1] == cut_to_one(given, places, tmp_path / "two")
-    assert polished.rounds[3].measures[1]["all"]["loss"] < polished.rounds[2].measures[1]["all"]["loss"]
-    with pytest.raises(errors.InvalidPlan, match=r"polished: 0\.7 of 1 rounds leaves nothing to one of two runs"):
-        carry_out(given.model_copy(update={"plan": given.plan | {"rounds": 1}}), places, tmp_path / "one")
-    with pytest.raises(ValidationError, match="only a federated contestant"):
-        experiment(contestants=[then | {"kind": "local"}], reference="polished", targets=[])
-
-
-def cut_to_one(given: Experiment, places: Places, folder: Path) -> dict[str, dict[str, float]]:
-    """What the adapter of two rounds of `delta` is worth at rank 1."""
-    (run,) = carry_out(given.model_copy(update={"plan": given.plan | {"rounds": 2}}), places, folder, "delta")
-    return run.rounds[-1].measures[1]
 
 
 def test_the_bounds_are_one_client_with_all_rows_and_clients_that_never_meet(places: Places, tmp_path: Path) -> None:
