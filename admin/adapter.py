@@ -95,7 +95,7 @@ def _merge(packed: BinaryIO, plan: Plan, out: Path) -> dict[str, int]:
     try:
         from modelling import export
     except ModuleNotFoundError as error:
-        raise errors.InvalidRequest(f"--merged needs {error.name}, which is not installed here; run pip install 'hlora[agent]'") from None
+        raise errors.InvalidRequest(f"--merged needs {error.name}, which is not installed here; install HLoRA's extra `agent`") from None
     labels = plan.task.labels if isinstance(plan.task, SequenceClassification) else ()
     with TemporaryDirectory() as folder:
         ranks = unpack(packed, Path(folder))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
+from pathlib import Path
 
 import httpx
 
@@ -21,6 +23,14 @@ def check_transport(url: str, *, insecure: bool) -> None:
         raise errors.InsecureTransport(
             f"{url} is not HTTPS, so the token would travel in the clear; use https://, or set HLORA_INSECURE=1 on a network you trust"
         )
+
+
+def trusting(ca_file: Path) -> ssl.SSLContext:
+    """What trusts these certificates alone. Raises InvalidRequest for a file that holds none."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # also what is no PEM
+        raise errors.InvalidRequest(f"HLORA_CA_FILE: {ca_file} holds no certificates as PEM ({error.strerror or error})") from None
 
 
 def loopback(host: str) -> bool:

@@ -5,7 +5,6 @@ Nothing is repeated here: an operator is told at once, and `runs create` has its
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Literal, Self, TypeVar
 import httpx
 from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 
-from admin.addresses import check_transport, loopback
+from admin.addresses import check_transport, loopback, trusting
 from admin.download import Download
 from protocol import VERSION, errors
 from protocol.messages import Problem
@@ -62,7 +61,7 @@ class Client:
         check_transport(url, insecure=insecure)
         self._url = url
         headers = {"Hlora-Version": VERSION} | ({"Authorization": f"Bearer {token.get_secret_value()}"} if token else {})
-        verify = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
+        verify = True if ca_file is None else trusting(ca_file)
         # A proxy that the environment names is for other machines, even where it forgets to say so.
         own = loopback(httpx.URL(url).host)
         self._http = httpx.Client(base_url=url, headers=headers, verify=verify, timeout=TIMEOUT, transport=transport, trust_env=not own)

@@ -16,6 +16,7 @@ from admin.command import AsJson, answer, facts, group, table
 from protocol import errors
 from protocol.contents import body_length
 from protocol.plan import Head, Plan
+from protocol.strict import mistakes
 
 app = group("Look at plans before they run.")
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan as TOML, or as JSON if its name ends with .json")]
@@ -32,7 +33,7 @@ def read(path: Path) -> Plan:
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise errors.InvalidPlan(f"{path} is no {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc'])) or 'the plan'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        wrong = list(mistakes(error, Plan))
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise errors.InvalidPlan(f"{path}: {'; '.join(wrong[:5])}{more}") from None
 
@@ -48,7 +49,7 @@ def resolved(plan: Plan) -> Plan:
         from modelling.layout import resolve
     except ModuleNotFoundError as error:
         raise errors.InvalidRequest(
-            f"this plan must be resolved against its base model, and {error.name} is not installed here; run pip install 'hlora[agent]', "
+            f"this plan must be resolved against its base model, and {error.name} is not installed here; install HLoRA's extra `agent`, "
             "or resolve it elsewhere by `python -m admin plans resolve PLAN --out plan.json`"
         ) from None
     return resolve(plan)
@@ -94,6 +95,7 @@ def _summary(plan: Plan) -> RenderableType:
             (_full_words(plan), ", ".join(layout.full)),
             ("strategy", plan.strategy.name),
             ("rank policy", plan.ranks.name),
+            ("continues", plan.continues or ""),
         ]
     )
 

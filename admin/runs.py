@@ -26,7 +26,12 @@ def create(
     plan: PlanFile,
     idempotency_key: Annotated[str | None, typer.Option(help="any text; the same key again finds the run that it made")] = None,
     continued: Annotated[
-        str | None, typer.Option("--continue", metavar="RUN", help="begin with the adapter that this run, by id or name, published")
+        str | None,
+        typer.Option(
+            "--continue",
+            metavar="RUN",
+            help="begin with the adapter that this run published; with an idempotency key name it by its id, and the round",
+        ),
     ] = None,
     continued_round: Annotated[
         int | None, typer.Option("--continue-round", min=0, help="with --continue: that of this round, by default of the last one")
@@ -39,7 +44,12 @@ def create(
     found = plans.resolved(plans.read(plan))
     with connect(ctx) as client:
         if continued is not None:
-            found = found.model_copy(update={"continues": _published(client, run_id(client, continued), continued_round)})
+            digest = _published(client, run_id(client, continued), continued_round)
+            if found.continues not in (None, digest):
+                raise errors.InvalidRequest(
+                    f"the plan continues {found.continues} already, and --continue says {digest}; leave one of them out"
+                )
+            found = found.model_copy(update={"continues": digest})
         made = client.create_run(found, idempotency_key)
     answer(made, as_json, f"{made.id}  {made.name}: follow it with `python -m admin runs watch {made.id}`")
 

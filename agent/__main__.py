@@ -60,16 +60,24 @@ def doctor(
 
     from agent import doctor
 
-    findings = asyncio.run(doctor.examine(_settings(home), model or []))
+    with refusals.told():
+        findings = asyncio.run(doctor.examine(_settings(home), model or []))
     typer.echo(json.dumps([finding.facts() for finding in findings]) if as_json else "\n".join(finding.line() for finding in findings))
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
 def _settings(home: Path | None) -> Settings:
+    from pydantic import ValidationError
+
     from agent import app as agent
     from agent.settings import Settings
+    from protocol import errors
 
-    settings = Settings() if home is None else Settings(home=home)
+    try:
+        settings = Settings() if home is None else Settings(home=home)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise errors.InvalidRequest(f"HLORA_AGENT_{str(first['loc'][0]).upper()}: {first['msg']}") from None
     agent.configure(settings)
     return settings
 

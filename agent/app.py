@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 import torch
-from pydantic import SecretStr
+from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from agent import data, identity, machine, policy
 from agent.client import Client
@@ -23,6 +23,7 @@ from agent.policy import Policy
 from agent.settings import Settings
 from protocol import crash, errors
 from protocol.messages import Dataset, Enrol, Profile
+from protocol.strict import Name
 
 log = structlog.get_logger("agent")
 
@@ -66,7 +67,14 @@ def profile(home: Path, allowed: Policy) -> Profile:
 
 
 async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Identity:
-    """Redeem an enrolment token and keep the credential. Raises Unauthenticated, EnrolmentOver, NameTaken, InsecureTransport."""
+    """Redeem an enrolment token and keep the credential.
+
+    Raises Unauthenticated, EnrolmentOver, NameTaken, InsecureTransport, and InvalidRequest for what cannot be a name.
+    """
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise errors.InvalidRequest(f"{name[:80]!r} cannot be a machine's name: 1 to 64 letters, digits, . _ - or blanks can") from None
     async with connect(settings, url) as client:
         found = profile(settings.folder, policy.load(settings.folder))
         enrolled = await client.enrol(token, Enrol(name=name, profile=found, key=identity.key(settings.folder, url, name)))

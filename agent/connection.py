@@ -58,6 +58,14 @@ def check_transport(url: str, *, insecure: bool) -> None:
     )
 
 
+def trusting(ca_file: Path) -> ssl.SSLContext:
+    """What trusts these certificates alone. Raises InvalidRequest for a file that holds none."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # also what is no PEM
+        raise errors.InvalidRequest(f"HLORA_AGENT_CA_FILE: {ca_file} holds no certificates as PEM ({error.strerror or error})") from None
+
+
 def _loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -91,7 +99,7 @@ class Connection:
         self._http = httpx.AsyncClient(
             base_url=url,
             transport=transport,
-            verify=True if ca_file is None else ssl.create_default_context(cafile=ca_file),
+            verify=True if ca_file is None else trusting(ca_file),
             proxy=proxy,
             trust_env=False,
             headers={"Hlora-Version": VERSION},

@@ -5,9 +5,11 @@ than counts and column names, and no message quotes a value.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-import random
+import math
 import tomllib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,7 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from protocol import errors
 from protocol.messages import Dataset
-from protocol.strict import Strict
+from protocol.strict import Strict, mistakes
 
 FILE = "datasets.toml"
 Row = Mapping[str, object]
@@ -70,9 +72,9 @@ class Catalogue:
         source = self.source(alias)
         rows: Iterable[Row]
         if isinstance(source.held_out, float):
-            kept = _drawn(alias, source, sum(1 for _ in self._read(alias, source, source.path, source.split)))
-            every = enumerate(self._read(alias, source, source.path, source.split))
-            rows = (row for n, row in every if (n in kept) == (part is Part.held_out))
+            below, _ = _divided(alias, source, self._read(alias, source, source.path, source.split))
+            every = self._read(alias, source, source.path, source.split)
+            rows = (row for row in every if (_lot(source, row) < below) == (part is Part.held_out))
         elif part is Part.train:
             rows = self._read(alias, source, source.path, source.split)
         elif source.held_out is None:
@@ -107,13 +109,21 @@ class Catalogue:
         """Counts and column names: all that the coordinator is told. Reads the whole data set once. Raises DataRefusal."""
         source = self.source(alias)
         count, columns = 0, dict[str, None]()
-        for row in self._read(alias, source, source.path, source.split):
-            count += 1
-            columns.update(dict.fromkeys(source.columns.get(name, name) for name in row))
+
+        def counted() -> Iterator[Row]:
+            nonlocal count
+            for row in self._read(alias, source, source.path, source.split):
+                count += 1
+                columns.update(dict.fromkeys(source.columns.get(name, name) for name in row))
+                yield row
+
+        if isinstance(source.held_out, float):
+            _, kept = _divided(alias, source, counted())
+        else:
+            deque(counted(), maxlen=0)
         if not count:
             raise errors.DataRefusal(f"{alias!r} has no rows", alias=alias)
         if isinstance(source.held_out, float):
-            kept = len(_drawn(alias, source, count))
             return Dataset(train=count - kept, held_out=kept, columns=list(columns))
         kept = 0 if source.held_out is None else sum(1 for _ in self.rows(alias, Part.held_out))
         return Dataset(train=count, held_out=kept, columns=list(columns))
@@ -136,13 +146,38 @@ class Catalogue:
             raise errors.DataRefusal(f"{alias!r} needs the package {error.name}; pip install it", alias=alias) from error
 
 
-def _drawn(alias: str, source: Source, count: int) -> frozenset[int]:
-    """The rows that a share keeps back: the same for the same seed and count, at least one, never all."""
-    if count < 2:
-        raise errors.DataRefusal(f"{alias!r} has {count} rows; a share can only be kept back of two or more", alias=alias)
+def _divided(alias: str, source: Source, rows: Iterable[Row]) -> tuple[float, int]:
+    """Rows whose lot is below the first number are kept back; and how many these are: at least one, never all.
+
+    Raises DataRefusal for rows of which no part can be kept back.
+    """
     assert isinstance(source.held_out, float), "only a share is drawn"
-    kept = min(count - 1, max(1, round(source.held_out * count)))
-    return frozenset(random.Random(source.seed).sample(range(count), kept))
+    share, count, kept = source.held_out, 0, 0
+    first, second, last = math.inf, math.inf, -math.inf  # the least two lots and the largest; equal rows have the same
+    firsts, lasts = 0, 0
+    for lot in (_lot(source, row) for row in rows):
+        count, kept = count + 1, kept + (lot < share)
+        if lot <= first:
+            firsts = firsts + 1 if lot == first else 1
+            first, second = lot, second if lot == first else first
+        elif lot < second:
+            second = lot
+        if lot >= last:
+            lasts = lasts + 1 if lot == last else 1
+            last = lot
+    if second == math.inf:
+        raise errors.DataRefusal(
+            f"{alias!r} has {count} rows, all alike; a share can only be kept back of two or more unlike ones", alias=alias
+        )
+    if share <= first:
+        return second, firsts
+    return (share, kept) if last >= share else (last, count - lasts)
+
+
+def _lot(source: Source, row: Row) -> float:
+    """What a row drew in [0, 1): of its content and the seed alone, so that no other row's coming or going moves it."""
+    text = json.dumps(row, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(f"{source.seed}/{text}".encode(), digest_size=7).digest()) / 2**56
 
 
 def _jsonl(file: Path) -> Iterator[Row]:
@@ -188,5 +223,4 @@ def load(home: Path) -> Catalogue:
     except tomllib.TOMLDecodeError as error:
         raise errors.DataRefusal(f"{home / FILE} is no TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise errors.DataRefusal(f"{home / FILE}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+        raise errors.DataRefusal(f"{home / FILE}: {next(mistakes(error, Source, entries=1))}") from None

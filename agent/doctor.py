@@ -44,7 +44,7 @@ async def examine(settings: Settings, models: Sequence[str]) -> list[Finding]:
     findings = [_look("policy", partial(_policy, home))]
     allowed = policy.load(home) if findings[-1].ok else Policy()
     findings += [_look("device", partial(_device, allowed)), _look("memory", partial(_memory, allowed))]
-    findings.append(_look("data", partial(_data, home)))
+    findings.append(_look("data", partial(_data, home, allowed)))
     catalogue = data.load(home) if findings[-1].ok else Catalogue()
     findings += [_look("data", partial(_dataset, catalogue, alias)) for alias in catalogue.sources]
     findings += [_look("model", partial(_model, model, allowed)) for model in models]
@@ -82,11 +82,14 @@ def _memory(allowed: Policy) -> str:
     return found
 
 
-def _data(home: Path) -> str:
+def _data(home: Path, allowed: Policy) -> str:
     catalogue = data.load(home)
     if not catalogue.sources:
         raise errors.DataRefusal(f"there are no data sets; describe some in {home / data.FILE}")
-    return f"{len(catalogue.sources)} in {home / data.FILE}"
+    if strange := sorted(set(allowed.data or ()) - catalogue.sources.keys()):
+        raise errors.DataRefusal(f"data in {policy.FILE} names {', '.join(strange)}, which {data.FILE} does not describe; mend one of them")
+    count = len(catalogue.sources)
+    return f"{count} data set{'s' * (count > 1)} in {home / data.FILE}"
 
 
 def _dataset(catalogue: Catalogue, alias: str) -> str:

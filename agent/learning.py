@@ -14,8 +14,9 @@ from torch.nn import functional
 from agent.encoding import IGNORED, Batch, Example, batches, collate
 from modelling.adapters import Adapted
 from protocol import errors
+from protocol.course import Training
 from protocol.messages import Metric
-from protocol.plan import Task, Training
+from protocol.plan import Task
 
 WINDOW = 8  # steps whose rows are sorted by length among themselves, so that batches need little padding
 Told = Callable[[int, int, float], None]  # step, steps, loss

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from protocol import errors
 from protocol.messages import Bytes, Job, Limits
-from protocol.strict import Share, Strict
+from protocol.strict import Share, Strict, mistakes
 
 FILE = "policy.toml"
 HOURS = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)$")
@@ -91,6 +91,5 @@ def load(home: Path) -> Policy:
     except tomllib.TOMLDecodeError as error:
         raise errors.PolicyRefusal(f"{home / FILE} is no TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        line = ".".join(str(part) for part in first["loc"])
-        raise errors.PolicyRefusal(f"{home / FILE}: {line}: {first['msg']}", line=line) from None
+        line = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise errors.PolicyRefusal(f"{home / FILE}: {next(mistakes(error, Policy))}", line=line) from None

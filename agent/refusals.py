@@ -16,5 +16,5 @@ def told() -> Iterator[None]:
     try:
         yield
     except errors.HLoRAError as error:
-        typer.echo(f"{error.title()}: {error.detail}", err=True)
+        typer.echo(f"error: {error.detail}", err=True)
         raise typer.Exit(1) from None

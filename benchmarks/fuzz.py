@@ -119,7 +119,7 @@ def main(
 ) -> None:
     """Feed damaged slices to their reader, guided by what they reach. Exits with 1 if it found something."""
     if find_spec("atheris") is None:
-        raise typer.BadParameter("the fuzzer needs the package atheris: pip install 'hlora[coordinator,fuzz]'")
+        raise typer.BadParameter("the fuzzer needs the package atheris: install HLoRA's extras `coordinator` and `fuzz`")
     found, kept = fuzz(runs, read_corpus(corpus) if corpus is not None and corpus.exists() else ())
     typer.echo(found.model_dump_json() if as_json else report(found))
     if found.finding is not None:

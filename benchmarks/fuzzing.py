@@ -1,4 +1,4 @@
-"""The fuzzer's own process, which libFuzzer ends as it likes: `python -m benchmarks.fuzzing FLAGS FOLDER`. Needs `hlora[fuzz]`."""
+"""The fuzzer's own process, which libFuzzer ends as it likes: `python -m benchmarks.fuzzing FLAGS FOLDER`. Needs the extra `fuzz`."""
 
 from __future__ import annotations
 

@@ -264,7 +264,16 @@ def main() -> None:
     try:
         app()
     except errors.HLoRAError as error:
-        typer.echo(f"{error.title()}: {error}", err=True)
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        from sqlalchemy.exc import OperationalError
+
+        if not isinstance(error, OperationalError):
+            raise
+        typer.echo(
+            f"error: the database cannot be used: {str(error.orig).partition(chr(10))[0]}; see HLORA_COORDINATOR_DATABASE_URL", err=True
+        )
         sys.exit(1)
 
 

@@ -16,6 +16,7 @@ class Facts:
     """Where an adapter comes from, for its model card."""
 
     run: str  # the run's name
+    plan: str  # the digest of its plan, as it was when the run was made
     round: int
     metrics: Mapping[str, float]  # of the published adapter, weighted means over clients
 
@@ -74,7 +75,7 @@ def _origin(plan: Plan, facts: Facts, found: ReadOut, size: int) -> str:
 {_continued(plan)}{_head(plan)}| this folder | {_mean(found)}; {size:,} bytes of numbers |
 | left out of the global adapter | {f"{100 * found.left_out:.3g} % of its energy ‖ΔW‖²" if found.left_out else "nothing"} |
 | base model's fingerprint | `{plan.model.fingerprint}` |
-| plan | `{plan.digest()}` |"""
+| plan | `{facts.plan}` |"""
 
 
 def _continued(plan: Plan) -> str:

@@ -47,7 +47,7 @@ def _threads(workers: int) -> Executor:
 
 def _cluster(address: str) -> Executor:
     if find_spec("distributed") is None:
-        raise errors.InvalidRequest("dask:// needs the package distributed: pip install 'hlora[cluster]', here and on the workers")
+        raise errors.InvalidRequest("dask:// needs the package distributed: install HLoRA's extra `cluster`, here and on the workers")
     from coordinator.cluster import Cluster  # an extra, and slow to import
 
     return Cluster(address)

@@ -8,6 +8,7 @@ from torch import Tensor
 from coordinator import aggregation, sizes
 from coordinator.assembly import Assembly, Merged, Piece, module_piece, tensor_piece
 from coordinator.blobs import Blobs
+from coordinator.executors import one_thread
 from coordinator.fresh import fresh_rows, fresh_tensor
 from coordinator.lowrank import truncate
 from coordinator.reading import SliceReader, StoredFactors, open_slice
@@ -25,6 +26,7 @@ def first_adapter(plan: Plan, blobs: Blobs, source: Blobs | None = None) -> Merg
     Raises InvalidPlan for a plan that is not resolved; for what it continues NotFound, what reading a damaged slice raises, and
     NonFiniteSlice where the wire's dtype cannot hold it.
     """
+    one_thread()  # whoever calls: the conductor's own thread, or a command
     layout = sizes.layout(plan)
     before = None if plan.continues is None else open_slice(source or blobs, plan.continues)
     with Assembly(plan, round=0) as assembly:

@@ -3,7 +3,7 @@
     open → merging → published
         ↘ abandoned (too few contributions at the deadline)
 
-Round 0 publishes the untrained adapter; it begins in merging. Every change of state is compare-and-set, so that it
+Round 0 publishes what training begins with; its first state is merging. Every change of state is compare-and-set, so that it
 happens once whoever tries it. Where a plan has a buffer, rounds only collect: jobs belong to the round in which they were
 handed out, outlive it, and are merged into the round in which they come.
 """

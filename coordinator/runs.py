@@ -30,6 +30,8 @@ def check(plan: Plan) -> None:
     ranks.check(plan.ranks)
     if plan.buffer is not None:
         _check_buffered(plan, strategy)
+    if plan.continues is not None and strategy.sides is not Sides.both:
+        raise errors.InvalidPlan(f"strategy {plan.strategy.name} trains b on rows of a that only its seed decides; it continues no adapter")
 
 
 def _check_buffered(plan: Plan, strategy: aggregation.Strategy) -> None:
@@ -46,27 +48,35 @@ def _check_buffered(plan: Plan, strategy: aggregation.Strategy) -> None:
         )
 
 
-def _check_continued(session: Session, plan: Plan) -> None:
-    """Raises InvalidPlan where what the plan continues is not here, or is an adapter of something else."""
-    if plan.continues is None:
-        return
-    found = session.scalar(select(Run).join(Round, Round.run_id == Run.id).where(Round.adapter == plan.continues).limit(1))
-    if found is None:
+def _check_continued(session: Session, plan: Plan, digest: str) -> None:
+    """Raises InvalidPlan where the adapter is not one that this coordinator has published, or is one of something else."""
+    wanted = _subject(plan)
+    publishers = select(Run).join(Round, Round.run_id == Run.id).where(Round.adapter == digest).order_by(Run.created_at, Run.id)
+    others = None
+    for run in session.scalars(publishers):  # the same bytes may be round 0 of several
+        found = _subject(plan_of(run))
+        others = others or (run, [what for what, ours in wanted.items() if found[what] != ours])
+        if found == wanted:
+            return
+    if others is None:
         raise errors.InvalidPlan(
-            f"no round of this coordinator has published the adapter {plan.continues} that the plan continues; "
-            "`python -m admin rounds show RUN ROUND` tells a round's"
+            f"no round of this coordinator has published the adapter {digest} that the plan continues; "
+            "`python -m admin rounds show RUN N --json` tells a round's"
         )
-    before = plan_of(found)
-    for what, ours, theirs in (
-        ("model", plan.model.fingerprint, before.model.fingerprint),
-        ("adapted modules", plan.layout and plan.layout.modules, before.layout and before.layout.modules),
-        ("tensors kept whole", plan.layout and plan.layout.full, before.layout and before.layout.full),
-        ("labels", getattr(plan.task, "labels", None), getattr(before.task, "labels", None)),
-    ):
-        if ours != theirs:
-            raise errors.InvalidPlan(f"the plan continues an adapter of run {found.name}, whose {what} are others than the plan's")
-    if aggregation.load(plan.strategy.name).sides is not Sides.both:
-        raise errors.InvalidPlan(f"strategy {plan.strategy.name} trains b on rows of a that only its seed decides; it continues no adapter")
+    raise errors.InvalidPlan(
+        f"the plan continues an adapter of run {others[0].id}, whose {' and '.join(others[1])} are others than the plan's"
+    )
+
+
+def _subject(plan: Plan) -> dict[str, object]:
+    """What an adapter's numbers are numbers of."""
+    assert plan.layout is not None, "plans of runs are resolved"
+    return {
+        "model": plan.model.fingerprint,
+        "adapted modules": plan.layout.modules,
+        "tensors kept whole": plan.layout.full,
+        "labels": getattr(plan.task, "labels", None),
+    }
 
 
 def create(session: Session, plan: Plan, key: str | None, now: datetime) -> tuple[Run, bool]:
@@ -77,10 +87,11 @@ def create(session: Session, plan: Plan, key: str | None, now: datetime) -> tupl
     check(plan)
     before = None if key is None else session.scalar(select(Run).where(Run.key == key))
     if before is not None:
-        if before.plan_digest != plan.digest():
+        if plan_of(before).digest() != plan.digest():  # not the stored one: an older version may have known fewer options
             raise errors.KeyReused("this idempotency key made a run from another plan; use a fresh key", run=before.id)
         return before, False
-    _check_continued(session, plan)
+    if plan.continues is not None:
+        _check_continued(session, plan, plan.continues)
     run = Run(
         id=access.new_id("run"),
         name=plan.name,

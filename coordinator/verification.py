@@ -88,8 +88,11 @@ class Record:
 
     def adapters(self) -> set[str]:
         """The round's global adapter, and those that it was made from."""
-        task = self.task
-        before = (task.previous, task.earlier) if isinstance(task, RoundTask) else () if task is None else (task.continues,)
+        before: tuple[str | None, ...] = ()
+        if isinstance(self.task, RoundTask):
+            before = (self.task.previous, self.task.earlier)
+        elif self.task is not None:
+            before = (self.task.continues,)
         return {self.names["adapter"], *(digest for digest in before if digest is not None)}
 
 

@@ -59,8 +59,12 @@ def run(
         results = Results(out, file)
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), experiment.numbers(seeds))
-        if results.all():  # the budget may have been used up in tuning
+        if runs := results.all():
             _show(out, as_json)
+        elif as_json:  # the budget was used up in tuning
+            from experiments import figures
+
+            typer.echo(figures.report(experiment, runs).model_dump_json())
 
 
 @app.command()

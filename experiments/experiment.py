@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 from protocol import errors
 from protocol.messages import Bytes
 from protocol.plan import Task
-from protocol.strict import Name, Strict
+from protocol.strict import Name, Strict, mistakes
 
 FOLDER = Path(__file__).parent
 Settings = dict[str, JsonValue]
@@ -167,8 +167,7 @@ def read(file: Path) -> Experiment:
     except tomllib.TOMLDecodeError as error:
         raise errors.InvalidRequest(f"{file} is no TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise errors.InvalidRequest(f"{file}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+        raise errors.InvalidRequest(f"{file}: {next(mistakes(error, Experiment))}") from None
 
 
 def some(experiment: Experiment, names: Iterable[str]) -> list[Contestant]:

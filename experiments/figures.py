@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from experiments import intervals
 from experiments.experiment import Experiment
-from experiments.intervals import Interval
 from experiments.records import Finished, Record
 from experiments.summary import BySeed, Line, better, lines
 
@@ -16,7 +15,7 @@ class Estimate(Record):
 
     mean: float
     half: float | None
-    by_seed: dict[int, float] = {}
+    by_seed: dict[int, float]
 
 
 class Reach(Record):
@@ -42,7 +41,7 @@ class Figures(Record):
 
 
 class Report(Record):
-    """All contestants of an experiment that have runs, in its order."""
+    """All contestants of an experiment that have runs, in its order; none where the budget went into tuning."""
 
     experiment: str
     question: str
@@ -54,7 +53,7 @@ class Report(Record):
 
 
 def report(experiment: Experiment, runs: Sequence[Finished]) -> Report:
-    """The figures of these runs. There is at least one."""
+    """The figures of these runs."""
     found = {line.name: line for line in lines(experiment, runs)}
     return Report(
         experiment=experiment.name,
@@ -70,14 +69,14 @@ def report(experiment: Experiment, runs: Sequence[Finished]) -> Report:
 def _figures(experiment: Experiment, line: Line, found: Mapping[str, Line]) -> Figures:
     reference, sign = found.get(experiment.reference), better(experiment)
     ranks = sorted({rank for run in line.runs.values() for rank in run.rounds[-1].measures})
-    apart = None if reference is None or reference is line else intervals.difference(line.final(), reference.final())
+    apart = {} if reference is None or reference is line else _apart(line.final(), reference.final())
     targets = {name: found[name].final() for name in experiment.targets if name in found}
     classes = {kind.name: line.by_class(kind.name) for kind in experiment.classes}
     beyond = line.beyond(experiment.ranks[0])
     return Figures(
         contestant=line.name,
         final=_estimate(line.final()),
-        difference=None if apart is None else _told(apart),
+        difference=_estimate(apart) if apart else None,
         mean=_estimate(line.mean()),
         targets={name: Reach(rounds=line.rounds_to(end, sign), bytes=line.bytes_to(end, sign)) for name, end in targets.items()},
         ranks={rank: _estimate(line.at(rank)) for rank in ranks},
@@ -93,5 +92,5 @@ def _estimate(values: BySeed) -> Estimate:
     return Estimate(mean=found.mean, half=found.half, by_seed=dict(values))
 
 
-def _told(found: Interval) -> Estimate:
-    return Estimate(mean=found.mean, half=found.half)
+def _apart(ours: BySeed, theirs: BySeed) -> BySeed:
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}

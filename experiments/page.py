@@ -14,6 +14,7 @@ from experiments.tables import settings, tables
 from protocol import errors
 
 PAGE, STORED, IMAGES = "evidence.md", "evidence", "images"
+SUMMARY = "summary.md"  # what the stored results say together, in words of whoever looked at all of them
 WRITTEN = "<!-- Written by `python -m experiments publish`; change the results or the code that it is made from. -->\n"
 
 
@@ -27,7 +28,7 @@ def publish(results: Sequence[Path], docs: Path) -> Path:
         _store(folder, docs / STORED / experiment.name)
     if not (docs / STORED).is_dir():
         raise errors.InvalidRequest(f"no results are stored in {docs / STORED}; name a folder of results")
-    for folder in sorted((docs / STORED).iterdir()):
+    for folder in _stored(docs):
         experiment, runs = opened(folder)
         (docs / IMAGES).mkdir(exist_ok=True)
         picture, _ = curves.draw(experiment, runs, folder, "curves")
@@ -51,17 +52,23 @@ def _store(folder: Path, stored: Path) -> None:
     growing.replace(stored)
 
 
+def _stored(docs: Path) -> list[Path]:
+    return sorted(file.parent for file in (docs / STORED).glob(f"*/{FILE}"))
+
+
 def page(docs: Path) -> str:
     """The page's text. Raises InvalidRequest where nothing is stored."""
-    found = [_experiment(*opened(folder), tuned(folder)) for folder in sorted((docs / STORED).iterdir())]
+    found = [_experiment(*opened(folder), tuned(folder)) for folder in _stored(docs)]
+    summary = docs / STORED / SUMMARY
+    together = f"\n## All together\n\n{summary.read_text('utf-8').strip()}\n" if summary.exists() else ""
     return f"""{WRITTEN}
 # Evidence
 
 What was measured of the strategies' learning, and what was not. Every number here comes from runs through the real agents and the real
-application in one process ([`simulation`](concepts.md)), by `python -m experiments`; the results are stored as JSON lines beside
-this page. An experiment is a TOML file: what it says is what was done. Contestants differ in nothing but what is listed for them; with
-the same seed they share rows, machines and draws of clients, so that differences are taken seed by seed.
-
+application in one process ([simulation](getting-started.md#on-machines-of-your-own)), by `python -m experiments`; the results are
+stored as JSON lines beside this page. An experiment is a TOML file: what it says is what was done. Contestants differ in nothing but
+what is listed for them; with the same seed they share rows, machines and draws of clients, so that differences are taken seed by seed.
+{together}
 {chr(10).join(found)}"""
 
 

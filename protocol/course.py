@@ -1,7 +1,8 @@
-"""The course of a run's rounds, as a plan has it: who makes them, how long they last, what they measure and merge."""
+"""The course of a run's rounds, as a plan has it: who makes them, what each client does, how long they last, what is measured."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -26,6 +27,27 @@ class Cohort(Strict):
         if self.quorum > self.target:
             raise ValueError(f"the quorum of {self.quorum} is more than the target of {self.target}")
         return self
+
+
+class Training(Strict):
+    """One client's work in one round."""
+
+    learning_rate: float = Field(gt=0, le=10, description="of AdamW, which begins anew with every job")
+    epochs: float = Field(default=1.0, gt=0, le=1_000, description="passes over the client's training rows")
+    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps at most")
+    batch_size: int = Field(default=8, ge=1, le=65_536, description="rows per forward pass")
+    accumulate: int = Field(default=1, ge=1, le=65_536, description="forward passes per optimiser step")
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises")
+    decay: bool = Field(default=True, description="let the learning rate fall linearly to zero within the job")
+    cooling: float = Field(default=1.0, gt=0, le=1, description="learning rate of the last round, as a share of the first's; it falls")
+    weight_decay: float = Field(default=0.0, ge=0, le=10, description="of AdamW")
+    clip_norm: float | None = Field(default=1.0, gt=0, description="longest gradient of a step; longer ones are scaled down to it")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: what the device does well")
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps for that many rows."""
+        wanted = max(1, math.ceil(self.epochs * examples / (self.batch_size * self.accumulate)))
+        return min(wanted, self.max_steps or wanted)
 
 
 class Times(Strict):
@@ -57,8 +79,10 @@ class Evaluation(Strict):
 class NormBound(Strict):
     """A limit on ‖s b a − s₀ b₀ a₀‖_F over all modules of one contribution."""
 
-    bound: float = Field(gt=0)
-    action: Literal["clip", "reject"] = "clip"
+    bound: float = Field(gt=0, description="the largest norm that a contribution's change may have")
+    action: Literal["clip", "reject"] = Field(
+        default="clip", description="clip: what is larger counts as if it were as large; reject: not at all"
+    )
 
 
 class Buffer(Strict):

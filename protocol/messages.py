@@ -10,7 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.plan import Adapter, Dtype, Float, Layout, Model, Sides, Task, Training
+from protocol.course import Training
+from protocol.plan import Adapter, Dtype, Float, Layout, Model, Sides, Task
 from protocol.states import ClientState, JobKind, JobState
 from protocol.strict import Digest, Name, Strict
 

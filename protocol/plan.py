@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from protocol.course import Buffer, Cohort, Evaluation, NormBound, Times
+from protocol.course import Buffer, Cohort, Evaluation, NormBound, Times, Training
 from protocol.strict import Digest, Name, Share, Strict
 
 LARGEST_RANK = 4096
@@ -114,7 +114,7 @@ class Head(StrEnum):
     """What becomes of tensors that are no factors: those of a freshly made head."""
 
     trained = "trained"  # by every client, and averaged
-    frozen = "frozen"  # handed out and read out as they were first made; nobody sends them back
+    frozen = "frozen"  # handed out and read out as round 0 has them; nobody sends them back
 
 
 class Adapter(Strict):
@@ -125,12 +125,13 @@ class Adapter(Strict):
         default=None, description="modules kept whole, and not as factors; by default the task's freshly made head"
     )
     head: Head = Field(
-        default=Head.trained, description="these are trained by all and averaged, or stay frozen at first values that the seed decides"
+        default=Head.trained,
+        description="these are trained by all and averaged, or stay frozen at first values: the seed's, or what is continued",
     )
-    alpha: float = Field(default=2.0, gt=0, le=1e4)
+    alpha: float = Field(default=2.0, gt=0, le=1e4, description="what the scale follows from")
     scaling: Scaling = Field(default=Scaling.constant, description="scale = alpha (constant), alpha / rank, or alpha / √rank (root)")
     split: Split = Field(default=Split.balanced, description="b = U√S, a = √S Vᵀ (balanced); b = US, a = Vᵀ (left); b = U, a = SVᵀ (right)")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the adapter's inputs that is left out in each step")
 
     def scale(self, rank: int) -> float:
         """The factor s in `s · b @ a` for a slice of this rank."""
@@ -194,38 +195,17 @@ class Layout(Strict):
         return sum(outs), sum(ins), sum(math.prod(s) for s in self.full.values())
 
 
-class Training(Strict):
-    """One client's work in one round."""
-
-    learning_rate: float = Field(gt=0, le=10)
-    epochs: float = Field(default=1.0, gt=0, le=1_000, description="passes over the client's training rows")
-    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps at most")
-    batch_size: int = Field(default=8, ge=1, le=65_536, description="rows per forward pass")
-    accumulate: int = Field(default=1, ge=1, le=65_536, description="forward passes per optimiser step")
-    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises")
-    decay: bool = Field(default=True, description="let the learning rate fall linearly to zero within the job")
-    cooling: float = Field(default=1.0, gt=0, le=1, description="learning rate of the last round, as a share of the first's; it falls")
-    weight_decay: float = Field(default=0.0, ge=0, le=10)
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: what the device does well")
-
-    def steps(self, examples: int) -> int:
-        """Optimiser steps for that many rows."""
-        wanted = max(1, math.ceil(self.epochs * examples / (self.batch_size * self.accumulate)))
-        return min(wanted, self.max_steps or wanted)
-
-
 class Choice(Strict):
     """A strategy or a rank policy by name, with its own options."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
-    options: Mapping[str, JsonValue] = Field(default={})
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="one of those that the coordinator has")
+    options: Mapping[str, JsonValue] = Field(default={}, description="its own options")
 
 
 class Ranks(Choice):
     """How each client gets its rank."""
 
-    name: str = Field(default="capacity", pattern=r"^[a-z][a-z0-9_]{0,63}$")
+    name: str = Field(default="capacity", pattern=r"^[a-z][a-z0-9_]{0,63}$", description="the rank policy")
     ladder: list[Annotated[int, Field(ge=1, le=LARGEST_RANK)]] = Field(
         min_length=1, max_length=64, description="the ranks that may be given, rising"
     )
@@ -252,8 +232,8 @@ class Plan(Strict):
     cap: int | None = Field(default=None, ge=1, le=LARGEST_RANK, description="rank of the global adapter; by default the ladder's largest")
     ranks: Ranks
     cohort: Cohort
-    rounds: int = Field(ge=1, le=100_000)
-    continues: Digest | None = Field(default=None, description="digest of the published adapter that it begins with; by default W = 0")
+    rounds: int = Field(ge=1, le=100_000, description="how many are to be published")
+    continues: Digest | None = Field(default=None, description="digest of the published adapter that it begins with; by default none")
     times: Times = Times()
     evaluation: Evaluation = Evaluation()
     buffer: Buffer | None = Field(default=None, description="merge as contributions come, instead of in rounds that wait for each other")
@@ -264,7 +244,7 @@ class Plan(Strict):
     largest_share: Share = Field(default=1.0, description="no contribution weighs more than this share of a round")
     wire: Float = Field(default=Dtype.float32, description="how the numbers of slices travel")
     uploads: Dtype | None = Field(default=None, description="how those of trained slices travel; as the others do, if not given")
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of draws of clients, fresh directions and heads, and the order of rows")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -109,7 +109,7 @@ class Manifest(Strict):
 
 
 class RoundSummary(Strict):
-    """One attempt at one round, in short. Round 0 publishes the untrained adapter."""
+    """One attempt at one round, in short. Round 0 publishes what training begins with."""
 
     number: int
     attempt: int

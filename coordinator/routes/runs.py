@@ -179,7 +179,8 @@ def _folder(parts: Context, run_id: str, number: int | None, rank: int | None, k
         plan = plan_of(run)
         if rank is not None and rank > plan.global_rank:
             raise errors.NotFound(f"the adapter has rank {plan.global_rank}; rank {rank} is more")
-        facts = cards.Facts(run=run.name, round=row.number, metrics=reports.round_view(session, run, row.number, row.attempt).metrics)
+        metrics = reports.round_view(session, run, row.number, row.attempt).metrics
+        facts = cards.Facts(run=run.name, plan=run.plan_digest, round=row.number, metrics=metrics)
         digest = row.adapter
     one_thread()
     with room(), TemporaryDirectory(prefix=GROWING) as folder:

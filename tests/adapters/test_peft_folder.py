@@ -22,8 +22,8 @@ from coordinator.readout import ReadOut, Wanted
 from modelling.layout import resolve
 from protocol import errors
 from protocol.contents import Label
-from protocol.course import Cohort
-from protocol.plan import Adapter, CausalLM, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Split, Training
+from protocol.course import Cohort, Training
+from protocol.plan import Adapter, CausalLM, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Split
 from protocol.slices import Factors, Slice, pack
 from tests.adapters import folders
 from tests.tiny import tiny_decoder, tiny_encoder
@@ -32,7 +32,7 @@ from tests.tiny import tiny_decoder, tiny_encoder
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 CAP = 8
-FACTS = Facts(run="letters", round=7, metrics={"accuracy": 0.8125, "loss": 0.5})
+FACTS = Facts(run="letters", plan=f"sha256:{2:064}", round=7, metrics={"accuracy": 0.8125, "loss": 0.5})
 TOKENS = torch.tensor([[2, 40, 41, 42, 3], [2, 50, 51, 52, 3]])
 
 
@@ -228,7 +228,7 @@ def test_the_model_card_says_what_made_the_adapter_and_the_hub_can_read_it(class
         "| accuracy | 0.8125 |",
         "2, 4, 8, given by the policy `capacity`",
         "`delta`",
-        classifier.digest(),
+        FACTS.plan,
     ):
         assert fact in text
 
@@ -246,14 +246,14 @@ def test_the_model_cards_code_loads_the_adapter(plan: Plan, tmp_path: Path, monk
 
 def test_the_model_card_knows_models_that_a_package_carries_and_revisions(classifier: Plan) -> None:
     carried = classifier.model_copy(update={"model": Model(id="package:tiny_words", revision="v1")})
-    text = card(carried, Facts("letters", 0, {}), ReadOut({"query": 4}, 0.0), 96)
+    text = card(carried, Facts("letters", "sha256:0", 0, {}), ReadOut({"query": 4}, 0.0), 96)
     assert "import tiny_words\n" in text
     assert 'from_pretrained(tiny_words.get_model_path(), revision="v1", id2label=' in text
     assert "Measured by" not in text
     assert "begun with" not in text
     further = carried.model_copy(update={"continues": f"sha256:{1:064}"})
     assert f"| begun with | the adapter `sha256:{1:064}` of an earlier run |" in card(
-        further, Facts("letters", 0, {}), ReadOut({"query": 4}, 0.0), 96
+        further, Facts("letters", "sha256:0", 0, {}), ReadOut({"query": 4}, 0.0), 96
     )
 
 

@@ -15,14 +15,14 @@ from coordinator.adapters import PREFIX
 from coordinator.cards import Facts
 from coordinator.readout import ReadOut, Wanted, read_out, singular
 from protocol.contents import Label
-from protocol.course import Cohort
-from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Training
+from protocol.course import Cohort, Training
+from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks
 from protocol.slices import Factors, Slice, pack
 from tests.adapters import folders
 
 CAP = 6
 SHAPES = {"block.q": (20, 12), "block.v": (12, 30), "narrow": (6, 9)}
-FACTS = Facts(run="letters", round=7, metrics={})
+FACTS = Facts(run="letters", plan="sha256:0", round=7, metrics={})
 
 
 def make_plan(strategy: str = "delta") -> Plan:

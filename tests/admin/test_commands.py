@@ -108,6 +108,8 @@ async def test_a_run_continues_what_another_one_published(desk: Desk, plan_file:
     assert [by_name.plan.continues, by_id.plan.continues] == [digests[2], digests[1]]
     assert digests[1] in desk.say("runs", "show", by_id.id).replace("\n", "")
     assert "of run" in desk.refusal("runs", "create", plan_file, "--continue", by_id.id)  # it has published nothing yet
+    plan = write(plan_file.with_name("bound.json"), make_plan(continues=digests[0]).model_dump(mode="json"))
+    assert "leave one of them out" in desk.refusal("runs", "create", plan, "--continue", run)
     assert "needs --continue" in desk.refusal("runs", "create", plan_file, "--continue-round", 1)
 
 
@@ -405,7 +407,7 @@ async def test_packages_that_are_missing_are_named_with_the_extra_that_brings_th
     for words in (["plans", "check", unresolved], ["adapter", "pull", "small", "--merged", "--out", tmp_path / "out"]):
         said = without_transformers(desk, *words)
         assert "transformers" in said
-        assert "pip install 'hlora[agent]'" in said
+        assert "install HLoRA's extra `agent`" in said
 
 
 def test_plans_are_read_back_as_they_were_resolved(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ DATASETS = """
 format = "jsonl"
 path = "things.jsonl"
 held_out = 0.25
+seed = 10
 [letters]
 format = "jsonl"
 path = "things.jsonl"

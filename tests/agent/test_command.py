@@ -50,7 +50,7 @@ def findings(home: Path, *arguments: str) -> tuple[int, dict[str, tuple[bool, st
 def home(tmp_path: Path) -> Path:
     """A device that was enrolled somewhere, with one data set."""
     catalogue(tmp_path)
-    (tmp_path / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\n')
+    (tmp_path / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\nseed = 10\n')
     (tmp_path / "policy.toml").write_text('models = ["*/encoder"]\nmemory_bytes = 1_000_000\ndevice = "cpu"\n')
     identity.save(WHO, tmp_path)
     return tmp_path

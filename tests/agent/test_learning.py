@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from agent.encoding import Example
 from agent.learning import f1, mean, rate, schedule
+from protocol.course import Training
 from protocol.messages import Metric
-from protocol.plan import Training
 
 
 def examples(lengths: list[int]) -> list[Example]:

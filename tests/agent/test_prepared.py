@@ -37,7 +37,7 @@ def test_the_same_rows_are_tokenised_once(tmp_path: Path, job: Job) -> None:
 
 
 def test_a_file_that_changed_is_read_anew(tmp_path: Path, job: Job) -> None:
-    prepared = Prepared(catalogue(tmp_path))
+    prepared = Prepared(catalogue(tmp_path, held_out=None))
     first = examples(prepared, job)
     turned: list[Mapping[str, object]] = [
         {**row, "label": {"blue": "red", "red": "blue"}.get(str(row["label"]), row["label"])} for row in ROWS

@@ -167,7 +167,7 @@ def test_an_evaluation_measures_what_peft_computes_with_the_pulled_adapter(tmp_p
     whole = Slice(
         Label(rank=2, scale=1.0, round=0), {n: slices.Factors(b=f.b * SCALE, a=f.a) for n, f in start.factors.items()}, start.full
     )
-    for name, data in files(plan, Facts("tiny", 1, {}), slices.pack(whole, plan.layout, Dtype.float32), Wanted(2)).items():
+    for name, data in files(plan, Facts("tiny", "sha256:0", 1, {}), slices.pack(whole, plan.layout, Dtype.float32), Wanted(2)).items():
         (tmp_path / name).write_bytes(data)
     kind = AutoModelForSequenceClassification if task.kind == "sequence-classification" else AutoModelForCausalLM
     bare = kind.from_pretrained(model, num_labels=3) if task.kind == "sequence-classification" else kind.from_pretrained(model)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from coordinator.tables import Run
 from protocol import errors, slices
 from protocol.plan import Layout
 from protocol.states import RunState
@@ -85,7 +86,7 @@ async def test_another_run_that_continues_is_told_from_one_that_does_not(small: 
     ("changes", "why"),
     [
         ({"continues": f"sha256:{1:064}"}, "no round of this coordinator has published the adapter"),
-        ({"model": MODEL | {"fingerprint": f"sha256:{1:064}"}}, "of run small, whose model are others"),
+        ({"model": MODEL | {"fingerprint": f"sha256:{1:064}"}}, r"of run run-\w+, whose model are others"),
         ({"layout": OTHER.model_dump(mode="json")}, "whose adapted modules are others"),
         ({"layout": HEADLESS.model_dump(mode="json")}, "whose tensors kept whole are others"),
         ({"task": {"kind": "sequence-classification", "labels": ["yes", "no"]}}, "whose labels are others"),
@@ -98,6 +99,29 @@ async def test_what_it_cannot_continue_is_refused(changes: dict[str, Any], why: 
     with pytest.raises(errors.InvalidPlan, match=why):
         await small.admin.create(make_plan(**{"continues": digest} | changes))
     assert [view.id for view in (await small.admin.get("/v1/runs", Page[RunView])).items] == [run]
+
+
+async def test_of_two_runs_that_published_the_same_bytes_it_may_continue_either(small: Federation) -> None:
+    """Round 0 follows from seed and layout: labels are no part of it."""
+    tasks = [{"kind": "sequence-classification", "labels": labels} for labels in (["no", "yes"], ["nay", "aye"])]
+    runs = [await small.open(make_plan(task=task)) for task in tasks]
+    adapters = [(await small.admin.round(run, 0)).adapter for run in runs]
+    assert adapters[0] is not None
+    assert adapters[0] == adapters[1]
+    for task in tasks:
+        assert (await small.admin.create(make_plan(continues=adapters[0].digest, task=task))).plan.continues == adapters[0].digest
+
+
+async def test_a_key_finds_its_run_though_an_older_version_wrote_it_down(small: Federation) -> None:
+    """Its plan lacked an option, and so its digest was another."""
+    made = await small.admin.create(make_plan(), key="monday")
+    with small.parts.database.write() as session:
+        run = session.get_one(Run, made.id)
+        run.plan = {name: value for name, value in run.plan.items() if name != "continues"}
+        run.plan_digest = f"sha256:{7:064}"
+    assert (await small.admin.create(make_plan(), key="monday")).id == made.id
+    with pytest.raises(errors.KeyReused):
+        await small.admin.create(make_plan(seed=1), key="monday")
 
 
 async def test_a_slice_is_no_adapter(small: Federation) -> None:

@@ -91,7 +91,7 @@ def fleet(tmp_path: Path) -> Path:
         home = folder / name
         home.mkdir(parents=True)
         (home / "things.jsonl").write_text("\n".join(json.dumps(_row(n * 50 + i)) for i in range(40)))
-        (home / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\n')
+        (home / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\nseed = 10\n')
         (home / "machine.toml").write_text(f'labels = {{ tier = "{tier}" }}\n')
     return folder
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments import tuning
 from experiments.page import PAGE, STORED, page
+from experiments.records import FILE
 from experiments.report import opened, tuned
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -16,7 +17,7 @@ def test_the_page_is_what_the_stored_results_say() -> None:
 
 
 def test_stored_runs_were_made_by_the_settings_that_are_stored_beside_them() -> None:
-    for folder in (DOCS / STORED).iterdir():
+    for folder in (file.parent for file in (DOCS / STORED).glob(f"*/{FILE}")):
         experiment, runs = opened(folder)
         trials = tuned(folder)
         frozen = {c.name: tuning.frozen(experiment, c, trials) for c in experiment.contestants}

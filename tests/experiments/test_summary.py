@@ -100,9 +100,10 @@ def test_figures_for_scripts_hold_what_tables_say_and_the_values_of_every_seed()
     assert (ours.contestant, ours.final.mean, ours.final.by_seed) == ("delta", 2.5, {0: 2.0, 1: 3.0})
     assert ours.final.half == pytest.approx(6.3531, abs=1e-3)
     assert ours.difference is not None
-    assert (ours.difference.mean, theirs.difference) == (0.0, None)
+    assert (ours.difference.mean, ours.difference.by_seed, theirs.difference) == (0.0, {0: -0.5, 1: 0.5}, None)
     assert ours.targets["rank 2 for all"].rounds == {0: 1.5, 1: None}
     assert ours.ranks[2].by_seed == {0: pytest.approx(2.1), 1: pytest.approx(3.1)}
     assert ours.bytes.mean == 3600
     assert ours.seconds == {"train": 18.0, "merge": 6.0, "overhead": 6.0}
+    assert figures.report(given, []).contestants == []
     assert figures.Report.model_validate_json(told.model_dump_json()) == told

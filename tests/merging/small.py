@@ -15,9 +15,9 @@ from coordinator.blobs import Blobs
 from coordinator.merge import Input, RoundTask
 from protocol.compact import trained_parts
 from protocol.contents import Label
-from protocol.course import Cohort
+from protocol.course import Cohort, Training
 from protocol.messages import BlobRef
-from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Scaling, Split, Training
+from protocol.plan import Adapter, BaseFacts, CausalLM, Choice, Dtype, Layout, Model, Plan, Ranks, Scaling, Split
 from protocol.slices import Factors, Slice, unpack
 
 LAYOUT = Layout(

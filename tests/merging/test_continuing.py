@@ -10,7 +10,7 @@ from coordinator.blobs import Blobs
 from coordinator.merge import first_adapter
 from protocol import errors
 from protocol.contents import Label
-from protocol.plan import Dtype, Head, Plan, Scaling, Sides
+from protocol.plan import Dtype, Head, Layout, Plan, Scaling, Sides
 from protocol.slices import Factors, Slice, pack
 from tests.merging.rounds import merge, read_digest, second_round
 from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, start_of, update
@@ -92,6 +92,29 @@ def test_it_is_read_from_where_it_lies_and_comes_to_the_same_bytes(blobs: Blobs,
     assert first_adapter(plan, scratch, blobs) == first_adapter(plan, blobs)
     with pytest.raises(errors.NotFound):
         first_adapter(plan, scratch)
+
+
+def test_it_comes_to_the_same_bytes_whatever_the_thread_was_told(blobs: Blobs) -> None:
+    """At this size sums of several threads come out otherwise than of one."""
+    layout = Layout(modules={"wide": (4096, 4096)}, base=LAYOUT.base)
+    generator = torch.Generator().manual_seed(0)
+    factors = Factors(b=torch.randn(4096, 64, generator=generator), a=torch.randn(64, 4096, generator=generator))
+    digest = blobs.put(pack(Slice(Label(rank=64, scale=1.0, round=1), {"wide": factors}), layout, Dtype.float32)).digest
+    plan = make_plan(layout=layout, ladder=(64,)).model_copy(update={"continues": digest})
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(first_adapter(plan, blobs))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("origin", ["zero_pad", "fedex", "ffa", "flora"])
+def test_what_strategies_keep_in_a_form_of_their_own_can_be_continued(origin: str, blobs: Blobs) -> None:
+    digest = published(blobs, make_plan(origin, cap=6))
+    made = first_adapter(roomy("delta", continues=digest), blobs)
+    for module in LAYOUT.modules:
+        wanted = update(read_digest(blobs, digest), module)
+        assert torch.allclose(update(read(blobs, made.adapter), module), wanted, rtol=0, atol=1e-6 * float(wanted.norm()))
 
 
 def test_what_the_wire_cannot_carry_is_refused(blobs: Blobs) -> None:

@@ -86,4 +86,4 @@ def test_a_cluster_without_its_package_is_refused_with_what_to_install() -> None
     refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert refused.returncode == 1
     last = refused.stderr.splitlines()[-1]
-    assert "InvalidRequest: dask:// needs the package distributed: pip install 'hlora[cluster]', here and on the workers" in last
+    assert "InvalidRequest: dask:// needs the package distributed: install HLoRA's extra `cluster`, here and on the workers" in last

@@ -27,7 +27,7 @@ def pulled(plan: Plan, slice: Slice, out: Path, kept: float | None = None) -> Pa
     """The PEFT folder that the coordinator makes of a global adapter."""
     assert plan.layout is not None
     whole = slices.pack(slice, plan.layout, Dtype.float32)
-    for name, data in files(plan, Facts(run="tiny", round=1, metrics={}), whole, Wanted(slice.label.rank, kept)).items():
+    for name, data in files(plan, Facts(run="tiny", plan="sha256:0", round=1, metrics={}), whole, Wanted(slice.label.rank, kept)).items():
         out.mkdir(exist_ok=True)
         (out / name).write_bytes(data)
     return out

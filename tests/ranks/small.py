@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 from coordinator.ranks import Candidate, Measured
-from protocol.course import Cohort, Times
+from protocol.course import Cohort, Times, Training
 from protocol.messages import Dataset, Limits, Profile, Usage
-from protocol.plan import Adapter, BaseFacts, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Training
+from protocol.plan import Adapter, BaseFacts, Dtype, Layout, Model, Plan, Ranks, SequenceClassification
 
 LAYOUT = Layout(modules={"one": (64, 64), "two": (64, 64)}, base=BaseFacts(parameters=1_000_000, layers=2, hidden=64, vocabulary=1_000))
 

@@ -48,7 +48,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
         home.mkdir()
         lines = [_row(n * 100 + i) for i in range(rows)]
         (home / "things.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-        (home / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\n')
+        (home / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\nheld_out = 0.25\nseed = 10\n')
         (home / "machine.toml").write_text(f"up_bytes_per_second = {link}\ndown_bytes_per_second = {link}\n")
     return folder
 
