@@ -42,8 +42,8 @@ def enrol(
 
 @app.command()
 def run(home: Home = None) -> None:
-    """Ask for jobs and do them, until SIGTERM or SIGINT."""
-    with refusals.told():
+    """Ask for jobs and do them, until SIGTERM or SIGINT. Ends with 78 where starting it again cannot help."""
+    with refusals.told(refusals.HOPELESS):
         from agent import app as agent
 
         asyncio.run(agent.run(_settings(home)))

@@ -9,12 +9,14 @@ import typer
 
 from protocol import errors
 
+HOPELESS = 78  # sysexits.h's EX_CONFIG: a service manager need not start what ended so again
+
 
 @contextmanager
-def told() -> Iterator[None]:
-    """A refusal ends the command with one line on stderr, not with a trace."""
+def told(code: int = 1) -> Iterator[None]:
+    """A refusal ends the command with one line on stderr and that exit code, not with a trace."""
     try:
         yield
     except errors.HLoRAError as error:
         typer.echo(f"error: {error.detail}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(code) from None

@@ -62,7 +62,10 @@ def toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (TOML.replace("[2, 4]", "[4, 2]"), "ranks.ladder: the ladder must rise"),
         (TOML.replace("quorum = 1", "quorum = 3"), "cohort: the quorum of 3 is more than the target of 1"),
         (TOML.replace("rounds = 1", "rounds = -1"), "rounds: Input should be greater than or equal to 1"),
-        (TOML + "colour = 1", "cohort.colour: Extra inputs are not permitted"),
+        (TOML + "colour = 1", "cohort.colour is unknown; there are target, quorum, over_selection, attempts"),
+        (TOML + "quorums = 1", "cohort.quorums is unknown; is quorum meant?"),
+        ('strategi = "delta"\n' + TOML, "strategi is unknown; is strategy meant?"),
+        (TOML.replace("max_length", "max_len"), "task.sequence-classification.max_len is unknown"),
         ("\xff", "cannot be read: .*utf-8"),
     ],
 )

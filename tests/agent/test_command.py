@@ -83,6 +83,9 @@ def test_doctor_says_how_to_begin_where_nothing_is_there(tmp_path: Path) -> None
     _, found = findings(tmp_path)
     assert found["policy"] == (True, f"no policy.toml in {tmp_path}: everything is allowed")
     assert found["data"] == (False, f"there are no data sets; describe some in {tmp_path / 'datasets.toml'}")
+    (tmp_path / "datasets.toml").write_text('[things]\nformat = "jsonl"\npath = "things.jsonl"\n')
+    (tmp_path / "policy.toml").write_text('data = ["thing"]\n')
+    assert "names thing, which datasets.toml does not describe" in findings(tmp_path)[1]["data"][1]
 
 
 def test_doctor_names_models_that_cannot_be_used(home: Path, encoder: Path, decoder: Path) -> None:
@@ -119,9 +122,24 @@ def test_a_credential_that_is_no_longer_whole_asks_for_enrolment(home: Path) -> 
 
 def test_an_agent_that_is_not_enrolled_does_not_run(tmp_path: Path) -> None:
     code, said = call("run", HLORA_AGENT_HOME=str(tmp_path))
-    assert code == 1
-    assert "A valid credential is needed" in said
+    assert code == 78
+    assert said.startswith("error: ")
     assert "python -m agent enrol" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "why"),
+    [
+        (["doctor"], {"HLORA_AGENT_LOG": "text"}, "HLORA_AGENT_LOG: Input should be 'console' or 'json'"),
+        (["enrol", NOWHERE, "--name", "d", "--token", "t"], {"HLORA_AGENT_CA_FILE": "/nowhere.pem"}, "/nowhere.pem holds no certificates"),
+        (["enrol", NOWHERE, "--name", "a name!", "--token", "t"], {}, "'a name!' cannot be a machine's name: 1 to 64 letters"),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_it(words: list[str], variables: dict[str, str], why: str, tmp_path: Path) -> None:
+    code, said = call(*words, "--home", str(tmp_path), **variables)
+    assert code == 1
+    assert why in said
+    assert said.count("\n") == 1
 
 
 def test_enrolment_refuses_to_tell_the_token_to_the_network(tmp_path: Path) -> None:

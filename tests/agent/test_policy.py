@@ -83,7 +83,7 @@ def test_the_coordinator_is_told_the_limits_that_spare_a_round_trip() -> None:
     [
         ("largest_rank = ", "no TOML"),
         ("largest_rank = 0", "largest_rank"),
-        ("largest_rang = 4", "largest_rang"),
+        ("largest_rang = 4", "largest_rang is unknown; is largest_rank meant?"),
         ('hours = ["late"]', "no span of hours"),
         ('device = "gpu"', "device"),
     ],
