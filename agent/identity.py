@@ -39,7 +39,9 @@ def load(home: Path) -> Identity:
     except FileNotFoundError:
         raise errors.Unauthenticated(f"there is no {FILE} in {home}; enrol first: python -m agent enrol URL --name NAME") from None
     except (OSError, ValidationError) as error:
-        raise errors.Unauthenticated(f"{home / FILE} cannot be read ({type(error).__name__}); mend it or enrol again") from None
+        raise errors.Unauthenticated(
+            f"{home / FILE} cannot be read ({type(error).__name__}); mend it, or enrol under another name"
+        ) from None
 
 
 def key(home: Path, url: str, name: str) -> str:

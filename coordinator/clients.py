@@ -172,7 +172,7 @@ def change(session: Session, id: str, wanted: ClientChange, now: datetime) -> st
     """Change labels or state, or rotate the credential; gives the new credential if there is one. Raises NotFound, Conflict."""
     client = _mine(session, id)
     if client.state == ClientState.revoked:
-        raise errors.Conflict(f"client {client.name} is revoked for good; enrol the machine anew")
+        raise errors.Conflict(f"client {client.name} is revoked for good; enrol the machine anew, under another name")
     if wanted.labels is not None:
         client.labels = wanted.labels
     if wanted.state is not None and wanted.state != client.state:

@@ -116,7 +116,7 @@ def test_a_credential_is_kept_for_its_owner_only(home: Path) -> None:
 
 def test_a_credential_that_is_no_longer_whole_asks_for_enrolment(home: Path) -> None:
     (home / "credential.json").write_text("{")
-    with pytest.raises(errors.Unauthenticated, match="enrol again"):
+    with pytest.raises(errors.Unauthenticated, match="enrol under another name"):
         identity.load(home)
 
 
