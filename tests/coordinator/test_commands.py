@@ -73,7 +73,7 @@ def test_a_refusal_of_the_command_is_one_line_and_exit_code_one(tmp_path: Path) 
     done = run(tmp_path, "token", "../etc")
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("The request is not what this route takes: the name:")
+    assert done.stderr.startswith("error: the name:")
     assert done.stderr.count("\n") == 1
 
 
@@ -99,3 +99,11 @@ def test_a_database_that_cannot_be_used_is_refused_with_those_that_can(url: str)
 def test_parts_that_do_not_exist_are_refused_before_anything_starts(tmp_path: Path, change: dict[str, str]) -> None:
     with pytest.raises(errors.InvalidRequest):
         build(Settings(data=tmp_path, **change))  # type: ignore[arg-type]
+
+
+def test_a_database_that_is_away_is_one_line_without_its_password(tmp_path: Path) -> None:
+    result = run(tmp_path, "token", "ops", DATABASE_URL="postgresql+psycopg://hlora:hunter2@127.0.0.1:9/hlora")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: the database cannot be used: ")
+    assert result.stderr.count("\n") == 1
+    assert "hunter2" not in result.stderr
