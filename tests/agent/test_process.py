@@ -74,7 +74,7 @@ async def test_a_second_agent_in_the_same_home_is_refused(sqlite_url: str, tmp_p
         agents = [await agent(tmp_path, "run") for _ in range(2)]
         told = {asyncio.create_task(process.communicate()): process for process in agents}
         (ended,), (waiting,) = await asyncio.wait(told, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
-        assert told[ended].returncode == 1
+        assert told[ended].returncode == 78
         assert f"another agent is at work in {tmp_path}" in ended.result()[1].decode()
         told[waiting].kill()
         await waiting

@@ -193,7 +193,7 @@ def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Pa
 
     assert [json.loads(line)["number"] for line in told] == [0, 1]
     assert refused.returncode == 1
-    assert refused.stderr.startswith("The device's data do not fit the job:")
+    assert refused.stderr.startswith("error: ")
 
 
 def test_a_plan_file_that_makes_no_plan_is_refused_with_the_line_at_fault(tmp_path: Path) -> None:
