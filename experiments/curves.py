@@ -73,6 +73,10 @@ def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Ma
     def value(line: Line) -> Value:
         return lambda round: round.measures.get(next(iter(line.runs.values())).header.headline, {}).get(ALL, {}).get(metric)
 
+    if all(len(run.values) <= 2 for line in found for run in line.runs.values()):  # a beginning and an end are no curve
+        axes.set_title(f"Held-out {metric} after the last round")
+        _ends(axes, ordered, looks)
+        return
     for line in ordered:
         _plot(axes, line, value(line), looks[line.name])
     firsts = [line.curve(run)[0][1] for line in found for run in line.runs.values()]
@@ -80,6 +84,16 @@ def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Ma
     low, high = min(later), max(later)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)  # the first rounds may be far off
     _finished(axes)
+
+
+def _ends(axes: Axes, found: Sequence[Line], looks: Mapping[str, dict[str, str]]) -> None:
+    """The last value of each, with its interval."""
+    for place, line in enumerate(found):
+        end = interval(list(line.final().values()))
+        axes.errorbar(place, end.mean, yerr=end.half, fmt="o", capsize=5, color=looks[line.name]["color"], label=line.name)
+    axes.set_xticks([])
+    axes.set_xlim(-0.5, len(found) - 0.5)
+    _ruled(axes)
 
 
 def _energy(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Mapping[str, dict[str, str]]) -> None:
@@ -106,6 +120,10 @@ def _plot(axes: Axes, line: Line, value: Value, look: dict[str, str]) -> None:
 def _finished(axes: Axes) -> None:
     axes.set_xlabel("round")
     axes.set_xlim(left=0)
+    _ruled(axes)
+
+
+def _ruled(axes: Axes) -> None:
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.spines["left"].set_visible(False)
     axes.set_axisbelow(True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from experiments import figures
+from experiments import curves, figures
 from experiments.experiment import FOLDER, read
 from experiments.intervals import Interval
 from experiments.records import Finished, Header, RoundRecord, Seconds
@@ -107,3 +108,11 @@ def test_figures_for_scripts_hold_what_tables_say_and_the_values_of_every_seed()
     assert ours.seconds == {"train": 18.0, "merge": 6.0, "overhead": 6.0}
     assert figures.report(given, []).contestants == []
     assert figures.Report.model_validate_json(told.model_dump_json()) == told
+
+
+@pytest.mark.parametrize(("losses", "title"), [([4.0, 2.0], "after the last round"), ([4.0, 3.0, 2.0], "of the global adapter")])
+def test_a_beginning_and_an_end_are_drawn_as_ends_and_more_as_curves(losses: list[float], title: str, tmp_path: Path) -> None:
+    runs = [run(losses, seed, name) for name in ("delta", "rank 2 for all") for seed in range(2)]
+    files = curves.draw(read(FOLDER / "quick.toml"), runs, tmp_path)
+    assert [file.name for file in files] == ["curves.png", "curves.svg"]
+    assert f"Held-out loss {title}" in files[1].read_text()
