@@ -159,7 +159,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     quick: Annotated[
-        bool, typer.Option("--quick", help="fewer modules of each, under a minute; the whole takes a quarter of an hour")
+        bool, typer.Option("--quick", help="fewer modules of each, about a minute; the whole takes a quarter of an hour")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON line for each measurement")] = False,
     folder: Annotated[Path | None, typer.Option(help="where the contributions lie meanwhile, up to 4 GB; by default the system's")] = None,
