@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from enum import EnumType
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import get_args
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
@@ -18,14 +15,12 @@ from pydantic_settings import BaseSettings
 import admin.settings
 import agent.settings
 import coordinator.settings
-import protocol.course
-import protocol.plan
 from coordinator import aggregation
 from coordinator.app import build, create_app
 from coordinator.problems import answer, status
+from docs import plan_page
 from protocol import errors
 from protocol.errors import HLoRAError, Refusal, every_error
-from protocol.plan import Plan
 
 HERE = Path(__file__).parent
 WRITTEN = "<!-- Written by `make docs`; change the code that it is made from. -->\n"
@@ -113,103 +108,6 @@ one machine. What a run shall do is in its [plan](plan.md), and what a device al
 
 Tests skip what needs PostgreSQL where its server's binaries are missing; with `HLORA_TEST_POSTGRES=required` they fail instead.
 """
-
-
-TABLES: Mapping[str, type[BaseModel]] = {
-    "[model]": protocol.plan.Model,
-    '[task], with kind = "sequence-classification"': protocol.plan.SequenceClassification,
-    '[task], with kind = "causal-lm"': protocol.plan.CausalLM,
-    "[adapter]": protocol.plan.Adapter,
-    "[training]": protocol.course.Training,
-    "[strategy], without it delta": protocol.plan.Choice,
-    "[ranks]": protocol.plan.Ranks,
-    "[cohort]": protocol.course.Cohort,
-    "[times]": protocol.course.Times,
-    "[evaluation]": protocol.course.Evaluation,
-    "[norm], optional": protocol.course.NormBound,
-    "[buffer], optional": protocol.course.Buffer,
-}
-
-
-def plan() -> str:
-    """Everything that a plan may say."""
-    beside = {name for name, info in Plan.model_fields.items() if not _is_table(info)}
-    return f"""{WRITTEN}
-# The plan
-
-A plan says what a run shall do. It is written as TOML, checked by `python -m admin plans check PLAN`, and carried out by
-`python -m admin runs create PLAN`; over REST it is the same as JSON. What is not said has the default, and what is unknown is refused.
-`fingerprint` and `layout` are filled in when the plan is [resolved](operating.md#running) against its base model.
-
-```toml
-{EXAMPLE}```
-
-Strategies and their options stand in [strategies](strategies.md), rank policies and theirs in [ranks](ranks.md); what the words mean, in
-[concepts](concepts.md) and the [glossary](glossary.md).
-
-## At the top, before any table
-
-{_settings(Plan, beside)}
-{"".join(f"## {title}{chr(10)}{chr(10)}{_settings(kind)}{chr(10)}" for title, kind in TABLES.items()).rstrip()}
-"""
-
-
-EXAMPLE = """\
-name = "reviews"
-data = "reviews"                    # the alias of the data set on every device
-rounds = 20
-
-[model]
-id = "sentence-transformers/all-MiniLM-L6-v2"
-
-[task]
-kind = "sequence-classification"
-labels = ["bad", "good"]
-
-[adapter]
-modules = ["query", "value"]
-
-[training]
-learning_rate = 1e-3
-cooling = 0.1
-
-[strategy]
-name = "folded"
-options = { momentum = 0.5 }
-
-[ranks]
-ladder = [2, 4, 8, 16]
-
-[cohort]
-target = 10
-quorum = 6
-"""
-
-
-def _is_table(info: FieldInfo) -> bool:
-    kinds = (info.annotation, *get_args(info.annotation))
-    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
-
-
-def _settings(model: type[BaseModel], names: Collection[str] | None = None) -> str:
-    rows = (
-        f"| `{name}` | {_required(info)} | {_meaning(info)} |"
-        for name, info in model.model_fields.items()
-        if (name != "kind" if names is None else name in names)
-    )
-    return f"| key | default | meaning |\n|---|---|---|\n{_lines(rows)}\n"
-
-
-def _required(info: FieldInfo) -> str:
-    return "**needed**" if info.is_required() else "–" if info.default in (None, {}) else f"`{json.dumps(info.default)}`"
-
-
-def _meaning(info: FieldInfo) -> str:
-    """The description, and the words that may stand there, where they are a few."""
-    kind = info.annotation
-    words = [str(word) for word in kind] if isinstance(kind, EnumType) else [word for word in get_args(kind) if isinstance(word, str)]
-    missing = [word for word in words if word not in (info.description or "")]
-    return (info.description or "") + (f" ({', '.join(words)})" if missing else "")
 
 
 def _side(name: str, settings: type[BaseSettings], intro: str) -> str:
@@ -324,7 +222,7 @@ def _lines(lines: Iterator[str]) -> str:
 DOCUMENTS: Mapping[str, Callable[[], str]] = {
     "problems.md": problems,
     "configuration.md": configuration,
-    "plan.md": plan,
+    "plan.md": lambda: plan_page.plan(WRITTEN),
     "strategies.md": strategies,
     "decisions/README.md": decisions,
     "openapi.json": openapi,
