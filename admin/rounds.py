@@ -106,10 +106,10 @@ def _standing(found: RoundView) -> list[tuple[str, str]]:
 def _rounded(found: RoundView) -> str:
     """What the plan's number formats cost: as clients say it, and as slices are known to be."""
     up = found.train_metrics.get("rounding")
-    modules = [(energy.rounding**2, energy.total * max(energy.kept.values())) for energy in found.energy.values() if energy.rounding]
+    modules = [(energy.rounding**2, energy.total * max(0.0, *energy.kept.values())) for energy in found.energy.values() if energy.rounding]
     down = math.sqrt(math.fsum(r * e for r, e in modules) / (math.fsum(e for _, e in modules) or 1.0)) if modules else None
     parts = [] if up is None else [f"{words.share(up)} of a client's change, as clients say"]
-    parts += [] if down is None else [f"at most {words.share(down)} of the largest slice"]
+    parts += [] if down is None else [f"at most {words.share(down)} of what clients are given"]
     return "; ".join(parts)
 
 

@@ -104,17 +104,23 @@ def module_piece(plan: Plan, round: int, module: str, kept: Factors, best: Facto
             whole, of.directions, of.scale, plan.adapter.split if singular else None, fresh(rows, of.directions), TORCH_DTYPES[plan.wire]
         )
 
-    slices = {rank: widest(plan.adapter.scale(rank)).leading(rank) for rank in plan.ranks.ladder}
+    scales = {rank: plan.adapter.scale(rank) for rank in plan.ranks.ladder}
+    begun = {of: start(of) for of in set(starts(plan).values())}
+
+    def rounded() -> float | None:
+        """The most that the wire's dtype takes off any of these, as a share of what it stands for."""
+        if plan.wire is Dtype.float32:
+            return None
+        off = rounding.share if singular else rounding.share_in_any_gauge
+        cuts = [rounding.share(best, widest(scale), scale) for scale in set(scales.values())]
+        return max([*cuts, *(off(pad(whole, of.directions), file, of.scale) for of, file in begun.items())])
+
     return Piece(
         adapter=_numbers(module, whole, Dtype.float32),
-        slices={rank: _numbers(module, slice, plan.wire) for rank, slice in slices.items()},
-        starts={of: _numbers(module, start(of), plan.wire) for of in set(starts(plan).values())},
-        energy=energy.model_copy(update={"rounding": _rounding(plan, best, slices[plan.ranks.ladder[-1]])}),
+        slices={rank: _numbers(module, widest(scale).leading(rank), plan.wire) for rank, scale in scales.items()},
+        starts={of: _numbers(module, file, plan.wire) for of, file in begun.items()},
+        energy=energy.model_copy(update={"rounding": rounded()}),
     )
-
-
-def _rounding(plan: Plan, best: Factors, slice: Factors) -> float | None:
-    return None if plan.wire is Dtype.float32 else rounding.share(best, slice, plan.adapter.scale(slice.rank))
 
 
 def _numbers(module: str, factors: Factors, dtype: Dtype) -> bytes:

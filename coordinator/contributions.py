@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coordinator.sums import Stored, Term
+from protocol import errors
 from protocol.slices import Factors
 
 Weights = Sequence[Tensor]  # for each contribution one weight per direction, (r,) float64
@@ -74,6 +75,10 @@ class ModuleRound:
     adapter: Factors | Stored  # W before the round: scale 1
     contributions: tuple[Contribution, ...]
     earlier: Factors | Stored | None = None  # W one round before that, scale 1; none in the first round
+
+    def __post_init__(self) -> None:
+        if not self.contributions:
+            raise errors.NoContributions("a round needs at least one contribution")
 
 
 # --- with which weights ------------------------------------------------------------------------------------------------

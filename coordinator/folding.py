@@ -6,22 +6,18 @@ Small sums are formed and decomposed in float64; large ones in float32, with the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Condition
 
 import torch
 from torch import Tensor
 
-from coordinator import spectrum, symmetric, truncation
+from coordinator import memory, spectrum, symmetric, truncation
 from coordinator.sums import Sum
 from coordinator.truncation import Singular
 
 BLOCK = 512  # directions that are multiplied at a time
 CANCELLED = 0.01  # of the terms' own energies: sums that hold less are formed in float64
 ROWS = 64  # that are widened at a time
-ROOM = 300_000_000  # bytes of dense matrices in one process; two workers with 4096 × 4096 each fit
 LARGE = 1 << 28  # multiplications from which a sum is formed in float32
 
 
@@ -37,13 +33,12 @@ class _Dense:
 def folded(w: Sum, rank: int) -> Singular:
     """Singular triplets of the dense sum, from the Gram matrix of its smaller side; one block of terms in memory.
 
-    What float32 adds to the error is some 10⁻⁷ of ‖W‖, as rounding the result does. Where other threads of this process hold so
-    many dense matrices that memory would pass ROOM, it waits for them.
+    What float32 adds to the error is some 10⁻⁷ of ‖W‖, as rounding the result does.
     """
     for dtype in (torch.float32, torch.float64):
         if dtype == torch.float32 and w.rank * w.shape[0] * w.shape[1] < LARGE:
             continue
-        with _ROOM.taken(_bytes(w.shape, dtype)):
+        with memory.SHARED.taken(scratch(w.shape, dtype)):
             dense = _formed(w, dtype)
             if dtype == torch.float64 or _well_formed(dense):
                 truncation.finite(dense.floor)
@@ -57,34 +52,9 @@ def _well_formed(dense: _Dense) -> bool:
     return truncation.within_float32(torch.tensor([dense.floor])) and length**2 >= CANCELLED * dense.floor
 
 
-def _bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """The dense matrix, its Gram matrix, and a block of terms."""
+def scratch(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes: the dense matrix, its Gram matrix, and a block of terms."""
     return (shape[0] * shape[1] + min(shape) ** 2 + sum(shape) * BLOCK) * dtype.itemsize
-
-
-class _Room:
-    """Memory that threads share: who would take too much of it waits, unless he is alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._taken = 0
-        self._changed = Condition()
-
-    @contextmanager
-    def taken(self, size: int) -> Iterator[None]:
-        """So many bytes, while the block lasts."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._taken or self._taken + size <= self._limit)
-            self._taken += size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= size
-                self._changed.notify_all()
-
-
-_ROOM = _Room(ROOM)
 
 
 def _formed(w: Sum, dtype: torch.dtype) -> _Dense:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coordinator import truncation
-from coordinator.folding import folded
+from coordinator import memory, truncation
+from coordinator.folding import folded, scratch
 from coordinator.stacks import stacked
 from coordinator.sums import Sum
 from protocol import errors
@@ -27,7 +27,8 @@ class Truncation:
     """The best approximation of a sum by at most a given rank, b = U√S and a = √S Vᵀ, with its certificate.
 
     k directions are held, fewer than were asked for where W has no more. The largest |entry| of each left vector is
-    positive (the first of equals), so that equal sums give equal factors.
+    positive (the first of equals), so that equal sums give equal factors. Energies are those before b and a were rounded to
+    float32, which adds some 10⁻⁷ ‖W‖ to the error: it is seen where little more is left out.
     """
 
     b: Tensor  # (n_out, k) float32
@@ -51,7 +52,8 @@ def truncate(w: Sum, rank: int) -> Truncation:
 
     Which method is tried first follows from shape, stacked rank and rank alone (see `truncation`). A shortened one counts only
     with the proof that what it leaves out is within 1 % of the least that can be left out; otherwise the exact one is used, and
-    where directions cancel so far that their Gram matrices would not see what they leave, the dense sum.
+    where directions cancel so far that their Gram matrices would not see what they leave, or are so many that these would take more
+    memory, the dense sum.
     Raises NoContributions for an empty sum, MismatchedSlice for factors of other shapes, NonFiniteSlice for NaN,
     infinity, or a result that float32 cannot hold.
     """
@@ -63,14 +65,19 @@ def truncate(w: Sum, rank: int) -> Truncation:
 def _singular(w: Sum, rank: int) -> truncation.Singular:
     if truncation.wide(w.shape, w.rank, rank):
         return folded(w, rank)
-    stack = stacked(w)
-    found = truncation.quick(stack, rank) if truncation.quicker(w.shape, stack.rank, rank) else None
-    return found or truncation.exact(stack, rank) or folded(w, rank)
+    size = truncation.scratch(w.shape, w.rank)
+    with memory.SHARED.taken(size):
+        stack = stacked(w)
+        found = truncation.quick(stack, rank) if truncation.quicker(w.shape, stack.rank, rank) else None
+        if found is None and size <= max(memory.LIMIT, scratch(w.shape)):
+            found = truncation.exact(stack, rank)
+    return found or folded(w, rank)
 
 
 def held(w: Sum, found: Truncation, total: float, ranks: Sequence[int]) -> dict[int, float]:
     """1 − ‖W − K_r‖² / ‖W‖² for the leading r directions of another matrix K, which need not be W's own; total: ‖W‖²_F.
 
+    Negative where K_r is farther from W than nothing is, as averages of factors in unlike gauges may be.
     ‖W − K_r‖² = ‖W‖² − Σ (2 ⟨W, uᵢ σᵢ vᵢᵀ⟩ − σᵢ²), the products from factors alone. Cost D R r.
     """
     inner = torch.zeros(len(found.s), dtype=torch.float64)
@@ -79,7 +86,7 @@ def held(w: Sum, found: Truncation, total: float, ranks: Sequence[int]) -> dict[
         part = term.load(w.shape)
         inner += ((b.T @ part.b.double()) * (a @ part.a.double().T)) @ term.weights()
     gained = 2 * inner - found.s.square()
-    return {rank: min(1.0, max(0.0, float(gained[:rank].sum()) / total)) if total > 0 else 1.0 for rank in ranks}
+    return {rank: min(1.0, float(gained[:rank].sum()) / total) if total > 0 else 1.0 for rank in ranks}
 
 
 def written(found: truncation.Singular, stacked_rank: int) -> Truncation:

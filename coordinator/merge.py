@@ -100,13 +100,14 @@ def _merged(task: ModuleTask, state: ModuleRound) -> Piece:
     found = truncate(w, plan.global_rank)
     best = kept = found.padded(plan.global_rank)
     ranks = sorted({*plan.ranks.ladder, plan.global_rank})
-    shares = {rank: found.kept(rank) for rank in ranks}
+    shares, short = {rank: found.kept(rank) for rank in ranks}, found.short
     if not strategy.singular:
         # What is handed out, measured and read out is what is kept, which need not be the sum's best.
         kept = strategy.keep(state, w, best)
         own = truncate(Sum(w.shape, [Term(kept, 1.0)]), plan.global_rank)
         best, shares = own.padded(plan.global_rank), held(w, own, found.total, ranks)
-    energy = Energy(total=found.total, kept=shares, stacked_rank=found.stacked_rank, short=found.short)
+        short = max(0.0, found.kept(plan.global_rank) + found.short - shares[plan.global_rank])
+    energy = Energy(total=found.total, kept=shares, stacked_rank=found.stacked_rank, short=short)
     return module_piece(plan, task.round.round, task.name, kept, best, energy)
 
 

@@ -1,10 +1,11 @@
-"""What a slice's number format costs: by how much it may differ from the part of the adapter that it stands for."""
+"""What a file's number format costs: by how much it may differ from the part of the adapter that it stands for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from protocol.checks import change_energy
 from protocol.slices import Factors
 
 HAIR = 1.01  # for directions that are orthogonal to float32 alone, and for this arithmetic, which is float32 too
@@ -30,6 +31,13 @@ def share(adapter: Factors, slice: Factors, scale: float) -> float:
     error = (off_b * long_a).norm() + (long_b * off_a).norm() + (off_b * off_a).sum()
     whole = (long_b * long_a).norm()
     return float(HAIR * error / whole) if whole > 0 else 0.0
+
+
+def share_in_any_gauge(adapter: Factors, slice: Factors, scale: float) -> float:
+    """‖s b' a' − b a‖_F as a share of ‖b a‖_F over the slice's directions, for factors of any form; cost (n_out + n_in) r²."""
+    meant = adapter.leading(slice.rank)
+    whole = change_energy(meant, 1.0, meant.leading(0), 1.0)
+    return (change_energy(slice, scale, meant, 1.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def _squares(x: Tensor, dim: int) -> Tensor:

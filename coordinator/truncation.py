@@ -63,6 +63,11 @@ def seconds(shape: tuple[int, int], stacked: int, rank: int) -> tuple[float, flo
     return slow, fast, folded
 
 
+def scratch(shape: tuple[int, int], stacked: int) -> int:
+    """Bytes: the stack in float32, and what the exact method makes of it."""
+    return 4 * sum(shape) * stacked + 48 * stacked**2
+
+
 @dataclass(frozen=True)
 class _Grams:
     """The Gram matrices of a stack, the weights in that of b: they may be negative, so they are no roots in the factors."""

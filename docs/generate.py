@@ -145,7 +145,7 @@ the products that clients send, so that it could be formed without anybody seein
 other factors of the same product changes nothing. *Ranks*: whether clients may differ. *Down*, *up*: numbers per module that
 travel to a client of rank r and back, with D = n_out + n_in and R_g the plan's cap, in the plan's types of number. *Cost*:
 multiplications to merge one module, with R the ranks of all contributions added up, r the largest; where R reaches the smaller
-side n of the matrix, n_out n_in R + n³ instead. Claims are those of the default options.
+side n of the matrix, n_out n_in R + n³ take the place of D R² + R³. Claims are those of the default options.
 
 | strategy | exact | linear | gauge-free | ranks | down | up | cost | source |
 |---|---|---|---|---|---|---|---|---|

@@ -67,14 +67,19 @@ class Energy(Strict):
     """How much of one module's merged update was kept."""
 
     total: float = Field(description="‖W‖²_F before the cut")
-    kept: dict[int, float] = Field(description="rank → share of ‖W‖²_F that the leading directions hold; 1 where W is zero")
+    kept: dict[int, float] = Field(
+        description="rank → 1 − ‖W − W_r‖² / ‖W‖², the share of ‖W‖²_F that the leading directions hold; 1 where W is zero, "
+        "below 0 where averaged factors are farther from W than nothing is"
+    )
     stacked_rank: int = Field(description="directions that entered the sum")
     short: float = Field(
         default=0.0,
         description="share of ‖W‖²_F that the best adapter of the largest rank may hold beyond this one; 0 where this is the best",
     )
     rounding: float | None = Field(
-        default=None, description="the most that half precision takes off the largest slice, as a share of its norm; none of float32"
+        default=None,
+        description="the most that half precision takes off a slice or off what training starts from, as a share of its norm; "
+        "none of float32",
     )
 
 

@@ -88,7 +88,7 @@ class Changes(Strategy, ABC):
     """Strategies that add the clients' changes to what is there: W ← W + η Σ w γ (s b a − s₀ b₀ a₀) + β (W − W before).
 
     The last term is server momentum in the form that needs no memory of its own (Polyak 1964): with M ← β M + Δ and
-    W ← W + η M, the step before was η M.
+    W ← W + η M, the step before was η M. Both W are adapters as they were kept: what the cap left out of a step is no part of it.
     """
 
     stale = True
@@ -125,7 +125,7 @@ class Averages(Strategy, ABC):
     linear = False
     gauge_free = False
     singular = False
-    cost = "D r² + r³"
+    cost = "D R + D r² + r³"
 
     def weights(self, round: ModuleRound) -> Weights:
         """For each contribution, one weight per direction."""

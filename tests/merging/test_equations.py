@@ -13,14 +13,12 @@ from coordinator import aggregation
 from coordinator.aggregation import Contribution, ModuleRound
 from coordinator.blobs import Blobs
 from coordinator.contributions import untouched
-from coordinator.initial import first_adapter
-from coordinator.lowrank import truncate
-from coordinator.merge import Input
+from coordinator.lowrank import held, truncate
+from coordinator.sums import Sum, Term
 from protocol import errors
-from protocol.plan import Choice
 from protocol.slices import Factors
 from tests.merging.rounds import heard, merge, second_round
-from tests.merging.small import best, dense, make_plan, read, round_task, send, update
+from tests.merging.small import best, dense, make_plan, read, update
 from tests.merging.test_strategies import (
     STRATEGIES,
     Client,
@@ -235,45 +233,25 @@ def test_what_a_round_says_of_fedex_is_said_of_what_it_keeps(blobs: Blobs) -> No
         kept = update(read(blobs, found.adapter), module)
         lost = float((whole - kept).square().sum() / whole.square().sum())
         assert 1 - energy.kept[5] == pytest.approx(lost, rel=1e-3, abs=1e-6)
-        assert lost > 1.01 * float((whole - best(whole, 5)).square().sum() / whole.square().sum())
+        least = float((whole - best(whole, 5)).square().sum() / whole.square().sum())
+        assert lost > 1.01 * least
+        assert energy.short == pytest.approx(lost - least, rel=1e-3, abs=1e-6)
         for rank in (1, 2, 4):
             assert torch.allclose(update(read(blobs, found.slices[rank]), module), best(kept, rank), atol=1e-5)
             short = float((whole - best(kept, rank)).square().sum() / whole.square().sum())
             assert 1 - energy.kept[rank] == pytest.approx(short, rel=1e-3, abs=1e-6)
 
 
+def test_what_is_farther_from_the_mean_than_nothing_says_so() -> None:
+    """Two clients send the same product, one with both factors turned about: their average is another matrix altogether."""
+    b, a = rand(12, 2, seed=1), rand(2, 9, seed=2)
+    w = Sum((12, 9), [Term(Factors(b=b, a=a), 0.1)])
+    own = truncate(Sum((12, 9), [Term(Factors(b=-b, a=a), 1.0)]), 2)
+    total = truncate(w, 2).total
+    assert held(w, own, total, [2])[2] == pytest.approx(1 - 1.1**2 / 0.1**2, rel=1e-6)
+
+
 def test_the_directions_that_nobody_trained_are_those_that_no_portion_named() -> None:
     round = make_round((20, 12), [Client(1, 1.0, 1.0, 1)])
     rotated = replace(round, contributions=(replace(round.contributions[0], directions=(3,)),))
     assert untouched(rotated).weights().tolist() == [1.0, 1.0, 1.0, 0.0]
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_momentum_is_the_recursion_with_a_memory(name: str) -> None:
-    beta, eta = 0.8, 0.5
-    crowd = [Client(4, 1.0, 1.0, 1), Client(4, 2.0, 1.0, 2)]
-    round = suited(name, make_round((20, 12), crowd, version=3))
-    earlier = Factors(b=rand(20, 4, seed=70), a=loaded(round.adapter).a if name == "ffa" else rand(4, 12, seed=71))
-    round = replace(round, earlier=earlier)
-    chosen = strategy(name).model_copy(update={"momentum": beta, "step": eta})
-    memory = (product(round.adapter, 1.0) - product(earlier, 1.0)) / eta  # M, of which the last step was η M
-    mean = sum(c.weight * (counted(c) - started(c)) for c in round.contributions)
-    assert close(multiplied_out(chosen.combine(round)), product(round.adapter, 1.0) + eta * (beta * memory + mean))
-    first = replace(round, earlier=None)
-    assert close(multiplied_out(chosen.combine(first)), product(round.adapter, 1.0) + eta * mean)
-
-
-def test_momentum_goes_on_over_rounds_from_stored_adapters(blobs: Blobs) -> None:
-    plan = make_plan("delta", options={"momentum": 0.5}, ladder=(4,), cap=9)
-    before = first_adapter(plan, blobs)
-    one = merge(round_task(blobs, plan, before, [send(blobs, plan, before.slices[4], seed=1)]), blobs)
-    sent: list[Input] = [send(blobs, plan, one.slices[4], train=lambda start, seed: start)]  # nothing learned
-    two = merge(replace(round_task(blobs, plan, one, sent, 2), earlier=before.adapter.digest), blobs)
-    module = "block.q"
-    w0, w1, w2 = (update(read(blobs, x.adapter), module) for x in (before, one, two))
-    assert torch.allclose(w2 - w1, 0.5 * (w1 - w0), atol=1e-5)
-
-
-def test_a_plan_may_set_them() -> None:
-    assert strategy("delta").model_validate({"momentum": 0.9, "step": 0.1}) != strategy("delta")
-    assert Choice(name="delta").options == {}

@@ -69,14 +69,6 @@ def test_fully_trained_tensors_are_averaged_by_weight_and_by_what_counts_of_thei
             assert torch.allclose(read(blobs, ref).full[name].double(), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize(("strategy", "wire"), [("hlora", Dtype.bfloat16), ("delta", Dtype.float32)])
-def test_the_published_bytes_depend_on_contents_alone(strategy: str, wire: Dtype, blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan(strategy, wire=wire))
-    published = merge(task, blobs)
-    assert merge(replace(task, inputs=task.inputs[::-1]), blobs, "threads://3") == published
-    assert merge(replace(task, inputs=task.inputs[2:] + task.inputs[:2]), blobs, "processes://2") == published
-
-
 def test_merging_again_keeps_nothing_new(blobs: Blobs) -> None:
     _, task = second_round(blobs, make_plan())
     merge(task, blobs)

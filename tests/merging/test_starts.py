@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from coordinator.merge import first_adapter
 from protocol import errors
 from protocol.contents import read_header
 from protocol.plan import Choice, Dtype, Layout, Plan, Scaling, Split
-from protocol.slices import TORCH_DTYPES, Slice
+from protocol.slices import TORCH_DTYPES, Factors, Slice
 from tests.merging.rounds import merge, read_digest, second_round
-from tests.merging.small import LAYOUT, best, dense, make_plan, read, round_task, send, start_of, untrained, update
+from tests.merging.small import LAYOUT, best, dense, make_plan, read, round_task, send, start_of, trained, untrained, update
 
 CAP = 6
 FROM_ALL = ["folded", "rotating", "flora", "fedex"]  # clients start from all of the adapter
@@ -123,10 +125,36 @@ def test_equal_ranks_that_learn_nothing_change_nothing_whatever_their_scale(stra
         assert torch.allclose(was, now, rtol=0, atol=1e-6 * float(was.norm()))
 
 
-@pytest.mark.parametrize("strategy", [*FROM_ALL, *OWN_FACTORS])
-def test_bytes_depend_on_contents_alone(strategy: str, blobs: Blobs) -> None:
-    _, task = second_round(blobs, make_plan(strategy, cap=CAP, wire=Dtype.bfloat16))
-    assert merge(replace(task, inputs=task.inputs[::-1]), blobs, "threads://3") == merge(task, blobs)
+@pytest.mark.parametrize("wire", [Dtype.bfloat16, Dtype.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+@pytest.mark.parametrize("strategy", sorted({*aggregation.names()} - {"fedavg"}))
+def test_what_a_round_says_of_rounding_holds_for_all_that_it_hands_out(strategy: str, size: float, wire: Dtype, blobs: Blobs) -> None:
+    """Small factors too, of which float16 keeps few digits."""
+    plan = make_plan(strategy, cap=CAP, wire=wire)
+    first = first_adapter(plan, blobs)
+    sent = [send(blobs, plan, start_of(first, r), rank=r, seed=r, train=partial(slightly_trained, size)) for r in (1, 2, 4)]
+    found = merge(round_task(blobs, plan, first, sent), blobs)
+    adapter = read(blobs, found.adapter)
+    kept = aggregation.load(strategy).singular
+    worst = dict.fromkeys(LAYOUT.modules, 0.0)
+    for module, rank in product(LAYOUT.modules, (1, 2, 4)):
+        whole, slice, start = update(adapter, module), read(blobs, found.slices[rank]), read(blobs, start_of(found, rank))
+        meant = best(whole, rank), leading(adapter, min(start.label.rank, CAP), module)
+        cuts = [(update(slice, module), meant[0]), (update(start, module), meant[0] if kept and start.label.rank == rank else meant[1])]
+        worst[module] = max(worst[module], *(float((x - y).norm() / y.norm()) for x, y in cuts if y.norm() > 0))
+    for module, energy in found.energy.items():
+        assert energy.rounding is not None
+        assert worst[module] <= energy.rounding + 1e-6
+        assert energy.rounding <= 3 * worst[module] + 1e-6 or wire is Dtype.float16
+
+
+def slightly_trained(size: float, start: Slice, seed: int) -> Slice:
+    """b moved by so much, and a not at all."""
+    done = trained(start, seed)
+    moved = {
+        name: Factors(b=f.b + (size * (done.factors[name].b.float() - f.b.float())).to(f.b), a=f.a) for name, f in start.factors.items()
+    }
+    return replace(done, factors=moved)
 
 
 @pytest.mark.parametrize("directions", [None, (0,), (0, 0), (0, CAP), (-1, 0), (0, 1, 2)])

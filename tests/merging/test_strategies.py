@@ -219,12 +219,22 @@ def test_the_sum_is_linear_in_what_clients_send_where_it_says_so(
 
 @pytest.mark.parametrize("name", saying("exact"))
 @settings(deadline=None, max_examples=30)
-@given(round=rounds)
-def test_one_client_of_full_rank_decides_alone_where_the_sum_is_exact(name: str, round: ModuleRound) -> None:
-    alone = suited(name, make_round(round.shape, [Client(rank=4, weight=3.0, shrink=1.0, seed=5)]))
-    (client,) = alone.contributions
-    wanted = product(alone.adapter, 1.0) - started(client) + counted(client)
-    assert close(multiplied_out(strategy(name).combine(alone)), wanted)
+@given(shape=st.sampled_from([(20, 12), (5, 30)]), crowd=st.lists(clients, min_size=1, max_size=5))
+def test_the_sum_is_the_mean_of_what_clients_made_where_it_says_so(name: str, shape: tuple[int, int], crowd: list[Client]) -> None:
+    """All train all directions here, so that no weight per direction differs from the client's."""
+    round = suited(name, make_round(shape, [replace(c, rank=4) for c in crowd]))
+    assert close(multiplied_out(strategy(name).combine(round)), mean_of_changes(round))
+
+
+@pytest.mark.parametrize("name", sorted({*STRATEGIES} - {*saying("exact")}))
+def test_the_sum_has_cross_terms_where_it_does_not_say_so(name: str) -> None:
+    round = suited(name, make_round((20, 12), [Client(rank=4, weight=1.0, shrink=1.0, seed=k) for k in (1, 2)]))
+    assert not close(multiplied_out(strategy(name).combine(round)), mean_of_changes(round))
+
+
+def mean_of_changes(round: ModuleRound) -> Tensor:
+    """W + Σ p γ (s b a − s₀ b₀ a₀)."""
+    return product(round.adapter, 1.0) + torch.stack([c.weight * (counted(c) - started(c)) for c in round.contributions]).sum(dim=0)
 
 
 def turn(factors: object, seed: int) -> Factors:
