@@ -70,10 +70,10 @@ modules = ["query", "value"]
 
 [training]
 learning_rate = 1e-3
-cooling = 0.1
+cooling = 0.1                       # in the last round a tenth of that
 
 [strategy]
-name = "folded"
+name = "folded"                     # which suits what: see strategies; by default it is delta
 options = { momentum = 0.5 }
 
 [ranks]
