@@ -14,9 +14,9 @@ from typing import Literal, Self, TypeVar
 import httpx
 from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 
-from admin.addresses import check_transport, loopback, trusting
 from admin.download import Download
 from protocol import VERSION, errors
+from protocol.addresses import check_transport, loopback, trusting
 from protocol.messages import Problem
 from protocol.plan import Plan
 from protocol.views import (
@@ -58,10 +58,10 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Raises InsecureTransport if the token could be read on the way, unless that is allowed."""
-        check_transport(url, insecure=insecure)
+        check_transport(url, travelling="token", allowing=None if insecure else "HLORA_INSECURE")
         self._url = url
         headers = {"Hlora-Version": VERSION} | ({"Authorization": f"Bearer {token.get_secret_value()}"} if token else {})
-        verify = True if ca_file is None else trusting(ca_file)
+        verify = True if ca_file is None else trusting(ca_file, variable="HLORA_CA_FILE")
         # A proxy that the environment names is for other machines, even where it forgets to say so.
         own = loopback(httpx.URL(url).host)
         self._http = httpx.Client(base_url=url, headers=headers, verify=verify, timeout=TIMEOUT, transport=transport, trust_env=not own)

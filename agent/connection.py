@@ -7,9 +7,7 @@ moves, a bad link is only a slow one.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import random
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pydantic import BaseModel, SecretStr
 
 from agent.answers import refusal
 from protocol import VERSION, errors
+from protocol.addresses import check_transport, trusting
 
 T = TypeVar("T")
 ANSWER_SECONDS = 30.0  # for an ordinary answer, and for any block of bytes to move
@@ -40,39 +39,6 @@ ONCE = Retry(attempts=1)
 BRIEF = Retry(attempts=2)  # for what is worth little later
 
 
-def check_transport(url: str, *, insecure: bool) -> None:
-    """Raises InsecureTransport if a credential sent there could be read on the way, unless that is allowed.
-
-    Raises InvalidRequest for what is no address.
-    """
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL:
-        address = httpx.URL()
-    if address.scheme not in ("http", "https") or not address.host:
-        raise errors.InvalidRequest(f"{url!r} is no address of a coordinator, such as https://hlora.example.org or http://127.0.0.1:8080")
-    if address.scheme == "https" or insecure or _loopback(address.host):
-        return
-    raise errors.InsecureTransport(
-        f"{url} is not HTTPS, so the credential would travel in the clear; use https, or allow it with HLORA_AGENT_INSECURE=1"
-    )
-
-
-def trusting(ca_file: Path) -> ssl.SSLContext:
-    """What trusts these certificates alone. Raises InvalidRequest for a file that holds none."""
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # also what is no PEM
-        raise errors.InvalidRequest(f"HLORA_AGENT_CA_FILE: {ca_file} holds no certificates as PEM ({error.strerror or error})") from None
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class Connection:
     """The way to one coordinator. Network and time are whatever it is built with."""
 
@@ -89,9 +55,9 @@ class Connection:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         chance: random.Random | None = None,
     ) -> None:
-        check_transport(url, insecure=insecure)
+        self._allowing = None if insecure else "HLORA_AGENT_INSECURE"
+        check_transport(url, travelling="credential", allowing=self._allowing)
         self.url = url
-        self._insecure = insecure
         self._credential = credential
         self._retry = retry
         self._sleep = sleep
@@ -99,7 +65,7 @@ class Connection:
         self._http = httpx.AsyncClient(
             base_url=url,
             transport=transport,
-            verify=True if ca_file is None else trusting(ca_file),
+            verify=True if ca_file is None else trusting(ca_file, variable="HLORA_AGENT_CA_FILE"),
             proxy=proxy,
             trust_env=False,
             headers={"Hlora-Version": VERSION},
@@ -154,7 +120,7 @@ class Connection:
         """What another host answers; our credential does not go there. Raises Unavailable, and never tells the address."""
         timeout = httpx.Timeout(ANSWER_SECONDS, read=patience, connect=10.0)
         try:
-            check_transport(address, insecure=self._insecure)
+            check_transport(address, travelling="slice", allowing=self._allowing)
             async with self._http.stream(method, address, headers=headers, content=content, timeout=timeout) as response:
                 if not response.is_success:
                     raise errors.Unavailable(f"the object store answered {response.status_code}; the coordinator is asked instead")
