@@ -1,10 +1,12 @@
 # Every target makes its own environment in .venv first, once; afterwards it installs only what changed.
 #
 #   make demo                     make test                     make PYTHON=python3.12 demo
-#   make demo ARGS='--help'       make test ARGS='-k lease'
+#   make demo ARGS='--help'       make test ARGS='-k lease'       make test WORKERS=0
 
 PYTHON ?= python3
 ARGS ?=
+# Processes that run tests: as many as there are processors, at most eight. 0 runs them in pytest's own, one after the other.
+WORKERS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +32,8 @@ demo: $(VENV)/demo.stamp ## one whole federation on this machine: a coordinator,
 
 test: $(VENV)/dev.stamp ## all tests, the slow ones with real processes too, and how much of the code they ran
 	@folder=$$(mktemp -d $(SCRATCH:%=-p %)) && chmod 755 "$$folder" && trap 'rm -rf "$$folder"' EXIT INT TERM \
-	  && TMPDIR=$$folder $(BIN)/python -m pytest --cov --cov-report=term $(if $(ARGS),,--cov-fail-under=98) $(ARGS)
+	  && TMPDIR=$$folder $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal \
+	    --cov --cov-report=term $(if $(ARGS),,--cov-fail-under=98) $(ARGS)
 
 check: $(VENV)/dev.stamp ## format, lint, types, import contracts; that documents and schema are current
 	$(BIN)/ruff format --check --quiet $(ROOMS)
