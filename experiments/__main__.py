@@ -60,6 +60,9 @@ def run(
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), experiment.numbers(seeds))
         if runs := results.all():
+            from experiments import report as reports
+
+            reports.write(out)
             _show(out, as_json)
         elif as_json:  # the budget was used up in tuning
             from experiments import figures
@@ -68,9 +71,17 @@ def run(
 
 
 @app.command()
-def report(folder: Folder, as_json: AsJson = False) -> None:
-    """Show the tables of some results, and write them beside as report.md, curves.png and curves.svg."""
+def report(
+    folder: Folder,
+    as_json: AsJson = False,
+    write: Annotated[bool, typer.Option("--write", help="write report.md, curves.png and curves.svg beside the results, too")] = False,
+) -> None:
+    """Show the tables of some results."""
     with _told():
+        if write:
+            from experiments import report as reports
+
+            reports.write(folder)
         _show(folder, as_json)
 
 
@@ -141,11 +152,10 @@ def _show(folder: Path, as_json: bool) -> None:
     from experiments import figures
     from experiments import report as reports
 
-    tables = reports.written(folder)
     if as_json:
         typer.echo(figures.report(*reports.opened(folder)).model_dump_json())
     else:
-        Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(tables)
+        Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(reports.shown(folder))
 
 
 def _places(file: Path, models: Path | None, data: Path | None) -> Places:

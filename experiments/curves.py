@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -11,12 +12,12 @@ from matplotlib.figure import Figure
 
 from experiments.experiment import Experiment
 from experiments.intervals import interval
+from experiments.looks import Look, look, mixed
 from experiments.records import ALL, Finished, RoundRecord
-from experiments.summary import Line, better, lines
+from experiments.summary import Line, lines
 
 INK, GREY, FAINT = "#1c2330", "#6b7280", "#e5e7eb"
-COLOURS = ("#0b6e4f", "#b45309", "#3f87bd", "#8c2f63", "#6a8d1f", "#c2410c", "#5b4bb7", "#0e7490", "#a16207", "#be123c")
-BOUNDS = ("#9ca3af", "#6b7280", "#374151", "#111827")  # one rank for all, and other yardsticks, from light to dark
+LEAST, PER_LABEL, AROUND = 4.6, 0.19, 1.1  # inches: the lowest picture, a label at a line's end, what is above and below the axes
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -34,96 +35,130 @@ STYLE = {
     "svg.hashsalt": "hlora",
 }
 Value = Callable[[RoundRecord], float | None]
+Looks = Mapping[str, Look]
 
 
-def draw(experiment: Experiment, runs: Sequence[Finished], folder: Path, name: str = "curves") -> list[Path]:
-    """Write the picture as PNG and SVG; gives the files. The same results give the same SVG."""
+def draw(experiment: Experiment, runs: Sequence[Finished], png: Path, svg: Path) -> None:
+    """Write the picture in both forms. The same results give the same SVG."""
     found = lines(experiment, runs)
-    looks = _looks(experiment, found)
+    looks = {line.name: look(experiment, experiment.contestant(line.name)) for line in found}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 5.0), dpi=140, layout="constrained")
-        curves, energy = figure.subplots(1, 2, width_ratios=[1.7, 1])
-        _curves(curves, experiment, found, looks)
-        _energy(energy, experiment, found, looks)
-        figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-        files = [folder / f"{name}.png", folder / f"{name}.svg"]
-        figure.savefig(files[0], facecolor="white")
-        figure.savefig(files[1], facecolor="white", metadata={"Date": None})
-    return files
+        height = max(LEAST, PER_LABEL * len(found) + 2 * AROUND)
+        gap = PER_LABEL / (height - AROUND)  # as a share of the axes
+        figure = Figure(figsize=(13.5, height), dpi=140, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
+        if all(len(run.values) <= 2 for line in found for run in line.runs.values()):  # a beginning and an end are no curve
+            _ends(left, experiment, found, looks)
+        else:
+            _curves(left, experiment, found, looks, gap)
+        _energy(right, experiment, found, looks, gap)
+        figure.savefig(png, facecolor="white")
+        figure.savefig(svg, facecolor="white", metadata={"Date": None})
 
 
-def _looks(experiment: Experiment, found: Sequence[Line]) -> Mapping[str, dict[str, str]]:
-    """Contestants of unequal ranks in colours, all others in grey and dashed."""
-    mixed = [line.name for line in found if _mixed(experiment, line.name)]
-    others = [line.name for line in found if line.name not in mixed]
-    coloured = {name: {"color": COLOURS[n % len(COLOURS)], "linestyle": "-" if n < len(COLOURS) else ":"} for n, name in enumerate(mixed)}
-    return coloured | {name: {"color": BOUNDS[n % len(BOUNDS)], "linestyle": "--"} for n, name in enumerate(others)}
-
-
-def _mixed(experiment: Experiment, name: str) -> bool:
-    contestant = experiment.contestant(name)
-    return contestant.kind == "federated" and contestant.rank is None
-
-
-def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Mapping[str, dict[str, str]]) -> None:
+def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Looks, gap: float) -> None:
     metric = experiment.measures.metric
-    axes.set_title(f"Held-out {metric} of the global adapter")
-    ordered = sorted(found, key=lambda line: -better(experiment) * interval(list(line.final().values())).mean)
 
     def value(line: Line) -> Value:
         return lambda round: round.measures.get(next(iter(line.runs.values())).header.headline, {}).get(ALL, {}).get(metric)
 
-    if all(len(run.values) <= 2 for line in found for run in line.runs.values()):  # a beginning and an end are no curve
-        axes.set_title(f"Held-out {metric} after the last round")
-        _ends(axes, ordered, looks)
-        return
-    for line in ordered:
-        _plot(axes, line, value(line), looks[line.name])
+    axes.set_title(f"Held-out {metric} of the global adapter")
+    ends = {line.name: _plot(axes, line, value(line), looks[line.name]) for line in found}
     firsts = [line.curve(run)[0][1] for line in found for run in line.runs.values()]
     later = [y for line in found for run in line.runs.values() for x, y in line.curve(run) if x > run.rounds[-1].round // 10] or firsts
+    later += _guessed(experiment)
     low, high = min(later), max(later)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)  # the first rounds may be far off
+    for guess in _guessed(experiment):
+        axes.axhline(guess, color=GREY, linestyle="--", linewidth=1)
+        axes.text(
+            0.99, guess, "the majority's guess ", color=GREY, fontsize=8.5, ha="right", va="bottom", transform=axes.get_yaxis_transform()
+        )
     _finished(axes)
+    _labelled(axes, ends, looks, gap)
 
 
-def _ends(axes: Axes, found: Sequence[Line], looks: Mapping[str, dict[str, str]]) -> None:
+def _ends(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Looks) -> None:
     """The last value of each, with its interval."""
+    axes.set_title(f"Held-out {experiment.measures.metric} after the last round")
     for place, line in enumerate(found):
         end = interval(list(line.final().values()))
-        axes.errorbar(place, end.mean, yerr=end.half, fmt="o", capsize=5, color=looks[line.name]["color"], label=line.name)
-    axes.set_xticks([])
-    axes.set_xlim(-0.5, len(found) - 0.5)
-    _ruled(axes)
+        axes.errorbar(end.mean, place, xerr=end.half, fmt="o", capsize=5, color=looks[line.name].colour)
+    axes.set_yticks(range(len(found)), [line.name for line in found], color=INK)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    for guess in _guessed(experiment):
+        axes.axvline(guess, color=GREY, linestyle="--", linewidth=1)
+        axes.text(guess, 0.01, " the majority's guess", color=GREY, fontsize=8.5, va="bottom", transform=axes.get_xaxis_transform())
+    axes.set_xlabel(experiment.measures.metric)
+    _ruled(axes, "x")
 
 
-def _energy(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Mapping[str, dict[str, str]]) -> None:
-    smallest = experiment.ranks[0]
+def _guessed(experiment: Experiment) -> list[float]:
+    """How often the commonest label is right, where that is what is drawn."""
+    return [experiment.majority] if experiment.majority is not None and experiment.measures.metric == "accuracy" else []
+
+
+def _energy(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Looks, gap: float) -> None:
+    smallest, ends = experiment.ranks[0], {}
     axes.set_title(f"Energy beyond rank {smallest}")
+
+    def value(round: RoundRecord) -> float | None:
+        return 1 - round.kept[smallest] if round.round and smallest in round.kept else None
+
     for line in found:
-        if _mixed(experiment, line.name):
-            _plot(axes, line, lambda round: 1 - round.kept[smallest] if round.round and smallest in round.kept else None, looks[line.name])
+        if mixed(experiment.contestant(line.name)):
+            ends[line.name] = _plot(axes, line, value, looks[line.name], (0.0, 1.0))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.set_ylim(bottom=0)
     _finished(axes)
+    _labelled(axes, ends, looks, gap)
 
 
-def _plot(axes: Axes, line: Line, value: Value, look: dict[str, str]) -> None:
-    """The mean over seeds, with its interval as a band."""
+def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float, float] | None = None) -> float:
+    """The mean over seeds, with its interval as a band, as far as there are such values; gives where it ends."""
     rows = [{round.round: found for round in run.rounds if (found := value(round)) is not None} for run in line.runs.values()]
     rounds = sorted(set.intersection(*(set(row) for row in rows)))
     means = [interval([row[n] for row in rows]) for n in rounds]
-    axes.plot(rounds, [x.mean for x in means], color=look["color"], linestyle=look["linestyle"], linewidth=1.8, label=line.name)
+    axes.plot(rounds, [x.mean for x in means], look.line, color=look.colour, marker=look.marker, linewidth=1.8, markersize=3.5)
     if len(rows) > 1:
-        low, high = [x.mean - (x.half or 0) for x in means], [x.mean + (x.half or 0) for x in means]
-        axes.fill_between(rounds, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        least, most = bounds or (float("-inf"), float("inf"))
+        low, high = [max(least, x.mean - (x.half or 0)) for x in means], [min(most, x.mean + (x.half or 0)) for x in means]
+        axes.fill_between(rounds, low, high, color=look.colour, alpha=0.12, linewidth=0)
+    return means[-1].mean
+
+
+def _labelled(axes: Axes, ends: Mapping[str, float], looks: Looks, gap: float) -> None:
+    """Each line's name beside its end, moved up or down as far as the others' names need."""
+    ordered = sorted(ends, key=ends.__getitem__)
+    wanted = [float(axes.transLimits.transform((0, ends[name]))[1]) for name in ordered]
+    for name, at, place in zip(ordered, wanted, spread(wanted, gap), strict=True):
+        axes.plot([1.0, 1.025], [at, place], color=looks[name].colour, linewidth=0.8, transform=axes.transAxes, clip_on=False)
+        axes.text(1.03, place, name, color=looks[name].colour, fontsize=9, va="center", transform=axes.transAxes)
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places between 0 and 1 as near as can be to those that are wanted, which rise, and nowhere nearer to each other than the gap.
+
+    With n gaps taken off the nth, places need only not fall: neighbours that would are put together at their mean.
+    """
+    groups: list[tuple[float, int]] = []
+    for n, place in enumerate(wanted):
+        groups.append((place - n * gap, 1))
+        while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
+            (above, many), (below, more) = groups[-2:]
+            groups[-2:] = [((above * many + below * more) / (many + more), many + more)]
+    most = max(0.0, 1 - (len(wanted) - 1) * gap)
+    level = [min(max(mean, 0.0), most) for mean, count in groups for _ in range(count)]
+    return [place + n * gap for n, place in enumerate(level)]
 
 
 def _finished(axes: Axes) -> None:
     axes.set_xlabel("round")
-    axes.set_xlim(left=0)
-    _ruled(axes)
+    axes.set_xlim(0, max(axes.dataLim.x1, 1))  # to the last round, where names begin
+    _ruled(axes, "y")
 
 
-def _ruled(axes: Axes) -> None:
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+def _ruled(axes: Axes, across: Literal["x", "y"]) -> None:
+    axes.grid(axis=across, color=FAINT, linewidth=0.8)
     axes.spines["left"].set_visible(False)
     axes.set_axisbelow(True)

@@ -109,7 +109,9 @@ class Experiment(Strict):
     budget_minutes: float | None = Field(default=None, gt=0, description="no run is begun that would end later, at the pace so far")
     contestants: list[Contestant] = Field(min_length=1)
     reference: str = Field(description="the contestant with which all are compared, seed by seed")
+    further_references: list[str] = Field(default=[], description="others with which all are compared besides")
     targets: list[str] = Field(default=[], description="contestants whose final value the others shall reach")
+    majority: float | None = Field(default=None, gt=0, le=1, description="classifiers: the commonest label's share of the held-out rows")
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -120,7 +122,7 @@ class Experiment(Strict):
         }.items():
             if len(set(names)) < len(names):
                 raise ValueError(f"two of the {what} have the same name")
-        for name in (self.reference, *self.targets):
+        for name in (*self.references, *self.targets):
             self.contestant(name)
         return self
 
@@ -130,6 +132,11 @@ class Experiment(Strict):
         if found is None:
             raise ValueError(f"there is no contestant {name!r}; there are {', '.join(c.name for c in self.contestants)}")
         return found
+
+    @property
+    def references(self) -> list[str]:
+        """All contestants with which the others are compared, first the one."""
+        return [self.reference, *self.further_references]
 
     @property
     def ranks(self) -> list[int]:
@@ -147,7 +154,8 @@ class Experiment(Strict):
         What it leaves to defaults is not named, so that a new option of plans voids no results.
         """
         words = {"name", "question", "answer", "not_shown"}
-        beside = words | {"tuning", "seeds", "budget_minutes", "contestants", "reference", "targets"}
+        told = {"reference", "further_references", "targets", "majority"}  # what is said of results, and changes none
+        beside = words | told | {"tuning", "seeds", "budget_minutes", "contestants"}
         named = [
             self.model_dump(mode="json", exclude=beside, exclude_unset=True),
             contestant.model_dump(mode="json", exclude={"name"}, exclude_unset=True),

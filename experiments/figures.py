@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from experiments import intervals
 from experiments.experiment import Experiment
 from experiments.records import Finished, Record
-from experiments.summary import BySeed, Line, better, lines
+from experiments.summary import BySeed, Line, better, lines, shares
 
 
 class Estimate(Record):
@@ -19,10 +19,12 @@ class Estimate(Record):
 
 
 class Reach(Record):
-    """How soon a run was where another ended: rounds and bytes by seed, none for a seed that never was."""
+    """How soon a run was where another ended: rounds and bytes by seed, none for a seed that never was; no bytes where nothing travels."""
 
     rounds: dict[int, float | None]
     bytes: dict[int, float | None]
+    share_of_rounds: dict[int, float | None]  # of what it took that other contestant to be there first
+    share_of_bytes: dict[int, float | None]
 
 
 class Figures(Record):
@@ -30,13 +32,15 @@ class Figures(Record):
 
     contestant: str
     final: Estimate  # the metric after the last round, at the largest rank that any device runs
+    last: dict[str, Estimate]  # all metrics then
     difference: Estimate | None  # to the reference, seed by seed; none for itself, and without a common seed
+    differences: dict[str, Estimate]  # to the further references
     mean: Estimate  # of the metric over all rounds
     targets: dict[str, Reach]
     ranks: dict[int, Estimate]  # the last adapter cut to that rank
     classes: dict[str, Estimate]  # the last adapter as a class of devices holds it
     beyond: Estimate | None  # share of the last update's energy beyond the smallest rank
-    bytes: Estimate  # up and down
+    bytes: Estimate | None  # up and down; none where nothing travels
     seconds: dict[str, float]  # train, merge, overhead: of a whole run
 
 
@@ -67,22 +71,23 @@ def report(experiment: Experiment, runs: Sequence[Finished]) -> Report:
 
 
 def _figures(experiment: Experiment, line: Line, found: Mapping[str, Line]) -> Figures:
-    reference, sign = found.get(experiment.reference), better(experiment)
     ranks = sorted({rank for run in line.runs.values() for rank in run.rounds[-1].measures})
-    apart = {} if reference is None or reference is line else _apart(line.final(), reference.final())
-    targets = {name: found[name].final() for name in experiment.targets if name in found}
+    others = {name: found[name] for name in experiment.references if name in found and name != line.name}
+    apart = {name: _estimate(x) for name, other in others.items() if (x := intervals.paired(line.final(), other.final()))}
     classes = {kind.name: line.by_class(kind.name) for kind in experiment.classes}
     beyond = line.beyond(experiment.ranks[0])
     return Figures(
         contestant=line.name,
         final=_estimate(line.final()),
-        difference=_estimate(apart) if apart else None,
+        last={metric: _estimate(line.last(metric)) for metric in line.metrics()},
+        difference=apart.get(experiment.reference),
+        differences={name: apart[name] for name in experiment.further_references if name in apart},
         mean=_estimate(line.mean()),
-        targets={name: Reach(rounds=line.rounds_to(end, sign), bytes=line.bytes_to(end, sign)) for name, end in targets.items()},
-        ranks={rank: _estimate(line.at(rank)) for rank in ranks},
+        targets={name: _reach(line, found[name], better(experiment)) for name in experiment.targets if name in found},
+        ranks={rank: _estimate(values) for rank in ranks if (values := line.at(rank))},
         classes={name: _estimate(values) for name, values in classes.items() if values},
         beyond=_estimate(beyond) if beyond else None,
-        bytes=_estimate(line.bytes()),
+        bytes=_estimate(traffic) if (traffic := line.bytes()) else None,
         seconds={part: _estimate(line.seconds(part)).mean for part in ("train", "merge", "overhead")},
     )
 
@@ -92,5 +97,12 @@ def _estimate(values: BySeed) -> Estimate:
     return Estimate(mean=found.mean, half=found.half, by_seed=dict(values))
 
 
-def _apart(ours: BySeed, theirs: BySeed) -> BySeed:
-    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+def _reach(line: Line, target: Line, sign: int) -> Reach:
+    end = target.final()
+    rounds, size = line.rounds_to(end, sign), line.bytes_to(end, sign)
+    return Reach(
+        rounds=rounds,
+        bytes=size,
+        share_of_rounds=shares(rounds, target.rounds_to(end, sign)),
+        share_of_bytes=shares(size, target.bytes_to(end, sign)),
+    )

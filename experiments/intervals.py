@@ -48,7 +48,12 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)), len(values))
 
 
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
+    """Ours − theirs, over the seeds that both have."""
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """The mean of ours − theirs over the seeds that both have, with the interval of these differences; none without such a seed."""
-    common = sorted(ours.keys() & theirs.keys())
-    return interval([ours[seed] - theirs[seed] for seed in common]) if common else None
+    """The mean of these differences with their interval; none without a seed that both have."""
+    found = paired(ours, theirs)
+    return interval(list(found.values())) if found else None

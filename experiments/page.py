@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments import curves, tuning
+from experiments import curves, sentences, tuning
+from experiments.cells import settings
 from experiments.experiment import Contestant, Experiment
+from experiments.links import linked
 from experiments.records import FILE, Finished
 from experiments.report import opened, tuned
-from experiments.tables import settings, tables
+from experiments.tables import tables
 from protocol import errors
 
 PAGE, STORED, IMAGES = "evidence.md", "evidence", "images"
 SUMMARY = "summary.md"  # what the stored results say together, in words of whoever looked at all of them
+CONTENTS = "contents.toml"  # the experiments in their order on the page, each with a line about it
 WRITTEN = "<!-- Written by `python -m experiments publish`; change the results or the code that it is made from. -->\n"
 
 
@@ -28,11 +32,10 @@ def publish(results: Sequence[Path], docs: Path) -> Path:
         _store(folder, docs / STORED / experiment.name)
     if not (docs / STORED).is_dir():
         raise errors.InvalidRequest(f"no results are stored in {docs / STORED}; name a folder of results")
+    (docs / IMAGES).mkdir(exist_ok=True)
     for folder in _stored(docs):
         experiment, runs = opened(folder)
-        (docs / IMAGES).mkdir(exist_ok=True)
-        picture, _ = curves.draw(experiment, runs, folder, "curves")
-        shutil.move(picture, docs / IMAGES / f"evidence-{experiment.name}.png")
+        curves.draw(experiment, runs, docs / IMAGES / f"evidence-{experiment.name}.png", folder / "curves.svg")
     (docs / PAGE).write_text(page(docs), "utf-8")
     return docs / PAGE
 
@@ -53,39 +56,61 @@ def _store(folder: Path, stored: Path) -> None:
 
 
 def _stored(docs: Path) -> list[Path]:
-    return sorted(file.parent for file in (docs / STORED).glob(f"*/{FILE}"))
+    """The folders of results: in the order of the contents, and those that it does not name after these, by name."""
+    order = list(_contents(docs))
+    places = {name: place for place, name in enumerate(order)}
+    found = [file.parent for file in (docs / STORED).glob(f"*/{FILE}")]
+    return sorted(found, key=lambda folder: (places.get(folder.name, len(order)), folder.name))
+
+
+def _contents(docs: Path) -> Mapping[str, str]:
+    file = docs / STORED / CONTENTS
+    return tomllib.loads(file.read_text("utf-8")) if file.exists() else {}
 
 
 def page(docs: Path) -> str:
     """The page's text. Raises InvalidRequest where nothing is stored."""
-    found = [_experiment(*opened(folder), tuned(folder)) for folder in _stored(docs)]
+    about = _contents(docs)
+    found = [(*opened(folder), tuned(folder)) for folder in _stored(docs)]
+    contents = "\n".join(f"- [{e.name}](#{e.name}): {about.get(e.name, ' '.join(e.question.split()))}" for e, _, _ in found)
+    hours = sum(sentences.hours([*runs, *trials]) for _, runs, trials in found)
     summary = docs / STORED / SUMMARY
     together = f"\n## All together\n\n{summary.read_text('utf-8').strip()}\n" if summary.exists() else ""
-    return f"""{WRITTEN}
+    text = f"""{WRITTEN}
 # Evidence
 
-What was measured of the strategies' learning, and what was not. Every number here comes from runs through the real agents and the real
-application in one process ([simulation](getting-started.md#on-machines-of-your-own)), by `python -m experiments`; the results are
-stored as JSON lines beside this page. An experiment is a TOML file: what it says is what was done. Contestants differ in nothing but
-what is listed for them; with the same seed they share rows, machines and draws of clients, so that differences are taken seed by seed.
+What was measured of the strategies' learning, and what was not. The numbers in tables and pictures come from runs through the real agents
+and the real application in one process ([simulation](getting-started.md#on-machines-of-your-own)), by `python -m experiments`; the
+results are stored as JSON lines beside this page. A few sentences in words rest on other runs, and say so: MRPC's on central training
+beside it; and the settings of `cooled` were chosen in the simulator of decision 31. An experiment is a TOML file: what it says is what was
+done. Contestants differ in nothing but what is listed for them; with the same seed they share rows, machines and draws of clients, so
+that differences are taken seed by seed. Intervals are over seeds alone: all seeds are measured on the same held-out rows, and how much
+other rows would change is in no interval.
+
+{contents}
+
+All stored runs together took {hours:.0f} hours of one thread.
 {together}
-{chr(10).join(found)}"""
+{chr(10).join(_experiment(*one) for one in found)}"""
+    return linked(text, docs)
 
 
 def _experiment(experiment: Experiment, runs: Sequence[Finished], trials: Sequence[Finished]) -> str:
     there = [c for c in experiment.contestants if any(run.header.contestant == c.name for run in runs)]
-    limits = "\n".join(f"- {sentence}" for sentence in [*experiment.not_shown, *_seeds(runs)])
+    limits = "\n".join(f"- {sentence}" for sentence in [*experiment.not_shown, sentences.seeds(runs)])
     return f"""## {experiment.name}
 
 **Question.** {experiment.question}
 {_answer(experiment)}
-**Protocol.** {_protocol(experiment)}
+**Protocol.** {sentences.protocol(experiment)}
 
 | contestant | who takes part | what differs in its plan |
 |---|---|---|
 {chr(10).join(_contestant(tuning.frozen(experiment, c, trials)) for c in there)}
 
-![Curves of all contestants](images/evidence-{experiment.name}.png)
+![Curves of all contestants]({IMAGES}/evidence-{experiment.name}.png)
+
+[The picture as SVG]({STORED}/{experiment.name}/curves.svg)
 
 {chr(10).join(table.markdown() for table in tables(experiment, runs, trials))}
 **What is not shown.**
@@ -99,7 +124,7 @@ python -m experiments run docs/{STORED}/{experiment.name}/{FILE} --out out/{expe
 python -m experiments publish out/{experiment.name}
 ```
 
-{_origin(runs)}
+{sentences.computing(runs, trials)} {sentences.origin(runs)}
 """
 
 
@@ -107,57 +132,5 @@ def _answer(experiment: Experiment) -> str:
     return "" if experiment.answer is None else f"\n**Answer.** {experiment.answer.strip()}\n"
 
 
-def _protocol(experiment: Experiment) -> str:
-    partition, measures = experiment.partition, experiment.measures
-    cohort = experiment.plan.get("cohort")
-    target = cohort.get("target") if isinstance(cohort, dict) else None
-    rows = "all rows shared out" if partition.rows is None else f"{partition.rows} rows each"
-    mix = (
-        f" ({partition.kind}, α = {partition.alpha:g}, over {partition.over})" if partition.kind == "dirichlet" else f" ({partition.kind})"
-    )
-    parts = " : ".join(str(kind.parts) for kind in experiment.classes)
-    classes = ", ".join(f"{kind.name} (rank {kind.rank})" for kind in experiment.classes)
-    held_out = ", ".join(f"{source.held_out_rows or 'all'} rows of {source.name}" for source in experiment.sources)
-    weather = experiment.disturbances
-    trouble = f" A client drops out of a job with probability {weather.dropout:g}." if weather.dropout else ""
-    slow = f" Steps take longer by a log-normal factor with σ = {weather.slowness:g}." if weather.slowness else ""
-    return (
-        f"Model `{experiment.model}`, task {experiment.task.kind}. {partition.clients} clients, {rows}{mix}; classes of devices {parts}: "
-        f"{classes}. {target} clients a round, {experiment.plan.get('rounds')} rounds.{trouble}{slow} After every "
-        f"{_nth(measures.every)} round the global adapter is read out and measured on rows that nobody trains on ({held_out}), by the code "
-        f"that agents measure with. The plan, as far as contestants share it: `{settings(experiment.plan)}`."
-    )
-
-
-def _nth(every: int) -> str:
-    return {1: "single", 2: "second", 3: "third"}.get(every, f"{every}th")
-
-
 def _contestant(contestant: Contestant) -> str:
-    match contestant.kind:
-        case "centralised":
-            who = "one client with all rows"
-        case "local":
-            who = f"{contestant.clients or 'all'} clients that never meet"
-        case _:
-            who = "all clients, each at its class's rank" if contestant.rank is None else f"all clients, at rank {contestant.rank}"
-    return f"| {contestant.name} | {who} | `{settings(contestant.plan)}` |"
-
-
-def _seeds(runs: Sequence[Finished]) -> list[str]:
-    """How far the numbers of seeds carry."""
-    counts = [sum(run.header.contestant == name for run in runs) for name in {run.header.contestant for run in runs}]
-    few = f"from {min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
-    words = f"Each contestant ran with {few}."
-    return (
-        [f"{words} With fewer than five an interval is wide, and with one there is none: this is a first look."]
-        if min(counts) < 5
-        else [words]
-    )
-
-
-def _origin(runs: Sequence[Finished]) -> str:
-    used = {name: sorted({run.header.software[name] for run in runs}) for name in runs[0].header.software}
-    software = ", ".join(f"{name} {' and '.join(versions)}" for name, versions in used.items())
-    machine = ", ".join(sorted({f"{m['cores']} cores of {m['processor']}, {m['system']}" for m in (run.header.machine for run in runs)}))
-    return f"Model fingerprint `{runs[0].header.model}`. Made with {software}; on {machine}, one thread."
+    return f"| {contestant.name} | {sentences.part(contestant)} | `{settings(contestant.plan)}` |"

@@ -1,4 +1,4 @@
-"""What came of an experiment: tables to look at, and beside the results as a page with pictures."""
+"""What came of an experiment: tables to look at, and beside the results, if asked for, as a page with pictures."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ def tuned(folder: Path) -> list[Finished]:
     return Results(folder / tuning.FOLDER).all()
 
 
-def written(folder: Path) -> RenderableType:
-    """The tables; they are in report.md, too, beside curves.png and curves.svg. Raises InvalidRequest where there are no results."""
+def shown(folder: Path) -> RenderableType:
+    """The tables for a terminal. Raises InvalidRequest where there are no results."""
+    found = tables(*opened(folder), tuned(folder))
+    return Group(*(part for table in found for part in (_rich(table), f"{table.note}\n" if table.note else "") if part))
+
+
+def write(folder: Path) -> None:
+    """Write report.md, curves.png and curves.svg beside the results. Raises InvalidRequest where there are none."""
     experiment, runs = opened(folder)
-    found = tables(experiment, runs, tuned(folder))
-    curves.draw(experiment, runs, folder)
-    text = "\n".join(table.markdown() for table in found)
+    curves.draw(experiment, runs, folder / "curves.png", folder / "curves.svg")
+    text = "\n".join(table.markdown() for table in tables(experiment, runs, tuned(folder)))
     (folder / "report.md").write_text(f"# {experiment.name}\n\n{experiment.question}\n\n![Curves](curves.svg)\n\n{text}", "utf-8")
-    return Group(*(_rich(table) for table in found))
 
 
 def _rich(table: Table) -> RichTable:

@@ -24,10 +24,20 @@ class Line:
     runs: Mapping[int, Finished]
     metric: str
     whole: bool = False  # every device holds all of the adapter, of which it trains its rank
+    kind: str = "federated"
 
     def final(self) -> BySeed:
         """The last value at the largest rank that any device runs."""
-        return {seed: self.curve(run)[-1][1] for seed, run in self.runs.items()}
+        return self.last(self.metric)
+
+    def last(self, metric: str) -> BySeed:
+        """The same of another metric."""
+        return {seed: run.values[-1][1][metric] for seed, run in self.runs.items()}
+
+    def metrics(self) -> list[str]:
+        """All that was measured, the experiment's own metric first."""
+        found = {name for run in self.runs.values() for name in run.values[-1][1]}
+        return sorted(found, key=lambda name: (name != self.metric, name))
 
     def mean(self) -> BySeed:
         """The mean of that value over all rounds: the area under its curve, by the trapezoid rule, through their number."""
@@ -38,7 +48,9 @@ class Line:
         return [(round, values[self.metric]) for round, values in run.values]
 
     def at(self, rank: int) -> BySeed:
-        """The last value of the adapter cut to that rank; of runs whose adapter has it."""
+        """The last value of the adapter cut to that rank; of runs whose adapter has it. Clients that never meet have no one adapter."""
+        if self.kind == "local":
+            return {}
         last = {seed: run.rounds[-1].measures for seed, run in self.runs.items()}
         return {seed: measures[rank][ALL][self.metric] for seed, measures in last.items() if rank in measures}
 
@@ -49,6 +61,8 @@ class Line:
 
     def by_class(self, kind: str) -> BySeed:
         """The last value for one class of devices: of what it holds of the adapter, on its own mix of rows."""
+        if self.kind != "federated":
+            return {}
         found = {}
         for seed, run in self.runs.items():
             last = run.rounds[-1].measures
@@ -64,13 +78,13 @@ class Line:
         return {seed: reached(self.curve(run), target[seed], better) for seed, run in self.runs.items() if seed in target}
 
     def bytes_to(self, target: BySeed, better: int) -> dict[int, float | None]:
-        """Bytes up and down until then."""
-        rounds = self.rounds_to(target, better)
+        """Bytes up and down until then; nothing, where nothing travels."""
+        rounds = self.rounds_to(target, better) if self.kind == "federated" else {}
         return {seed: None if n is None else _bytes(self.runs[seed], n) for seed, n in rounds.items()}
 
     def bytes(self) -> BySeed:
-        """Bytes up and down in all."""
-        return {seed: _bytes(run, len(run.rounds) - 1) for seed, run in self.runs.items()}
+        """Bytes up and down in all; nothing, where nothing travels: agents of a federation of one speak with no other machine."""
+        return {seed: _bytes(run, len(run.rounds) - 1) for seed, run in self.runs.items()} if self.kind == "federated" else {}
 
     def seconds(self, part: str) -> BySeed:
         """Seconds of one part of the work, of all rounds together."""
@@ -80,8 +94,8 @@ class Line:
 def lines(experiment: Experiment, runs: Sequence[Finished]) -> list[Line]:
     """The contestants that have runs, in the experiment's order."""
     own = {c.name: {run.header.seed: run for run in runs if run.header.contestant == c.name} for c in experiment.contestants}
-    whole = {contestant.name for contestant in experiment.contestants if _holds_all(experiment, contestant)}
-    return [Line(name, found, experiment.measures.metric, name in whole) for name, found in own.items() if found]
+    metric = experiment.measures.metric
+    return [Line(c.name, own[c.name], metric, _holds_all(experiment, c), c.kind) for c in experiment.contestants if own[c.name]]
 
 
 def _holds_all(experiment: Experiment, contestant: Contestant) -> bool:
@@ -93,6 +107,21 @@ def _holds_all(experiment: Experiment, contestant: Contestant) -> bool:
 def better(experiment: Experiment) -> int:
     """1 where a larger value is better, −1 where a smaller one is."""
     return -1 if experiment.measures.metric == "loss" else 1
+
+
+def shares(ours: Mapping[int, float | None], own: Mapping[int, float | None]) -> dict[int, float | None]:
+    """What it took us as a share of what it took the target itself, seed by seed; none where we never were there.
+
+    Nothing at all if it took the target nothing, as it was there before the first round: that measures nobody.
+    """
+    took = {seed: x for seed, x in own.items() if x}
+    return {seed: None if x is None else x / took[seed] for seed, x in ours.items()} if took and len(took) == len(own) else {}
+
+
+def computed(runs: Sequence[Finished]) -> dict[str, float]:
+    """Seconds of computing by part: training, merging, measuring and whatever the bench did beside these."""
+    rounds = [round.seconds for run in runs for round in run.rounds]
+    return {name: sum(getattr(seconds, name) for seconds in rounds) for name in ("train", "merge", "measure", "overhead")}
 
 
 def area(curve: Sequence[tuple[int, float]]) -> float:

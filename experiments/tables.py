@@ -3,90 +3,120 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from admin import words
 from experiments import tuning
+from experiments.cells import NONE, arrived, complete, settings, signed, told
 from experiments.experiment import Contestant, Experiment
-from experiments.intervals import Interval, difference, interval
+from experiments.intervals import difference, interval
 from experiments.records import Finished
-from experiments.summary import BySeed, Line, better, lines
+from experiments.summary import Line, better, lines, shares
 
-NONE = "–"
+FEWEST = 3  # measured rounds, beside the untrained adapter, from which on a mean over all rounds says something
+BY_CHANCE = 20  # one in so many 95 % intervals leaves out zero where nothing differs
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a sentence about how to read it, and rows of text below column names."""
+    """A title, a sentence about how to read it, rows of text below column names, and what is to be said of them all."""
 
     title: str
     reading: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    note: str = ""
 
     def markdown(self) -> str:
         """The table on a page."""
         rule = ["---", *["---:"] * (len(self.columns) - 1)]
         body = "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
-        return f"### {self.title}\n\n{self.reading}\n\n{body}\n"
+        return f"### {self.title}\n\n{self.reading}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
 
 
 def tables(experiment: Experiment, runs: Sequence[Finished], tuned: Sequence[Finished] = ()) -> list[Table]:
-    """All tables. There is at least one run; `tuned` are those with which the contestants were tuned."""
+    """All tables that say something. There is at least one run; `tuned` are those with which the contestants were tuned."""
     found = lines(experiment, runs)
-    made = [_final(experiment, found), _speed(experiment, found), _rungs(experiment, found), _classes(experiment, found), _costs(found)]
+    targets = [line for name in experiment.targets if (line := _line(found, name)) is not None]
+    made = [_ends(experiment, found)]
+    if len(found) > 1:
+        made.append(_apart(experiment, found))
+    made += [*(_soon(experiment, found, target) for target in targets), _rungs(experiment, found)]
+    if experiment.partition.kind not in ("iid", "quantity") or any(line.whole for line in found):
+        made.append(_classes(experiment, found))  # otherwise classes have the same mix, and it would say what the rungs say
+    made.append(_costs(found))
     if experiment.tuning is not None:
         made.append(_tuning(experiment, [experiment.contestant(line.name) for line in found], tuned))
-    return [table for table in made if len(table.columns) > 1]  # no target has run yet, perhaps
+    return [table for table in made if len(table.columns) > 1]  # no reference has run yet, perhaps
 
 
-def _final(experiment: Experiment, found: Sequence[Line]) -> Table:
-    metric, reference = experiment.measures.metric, _line(found, experiment.reference)
-    rows = []
-    for line in found:
-        against = difference(line.final(), reference.final()) if reference is not None and line is not reference else None
-        rows.append([line.name, str(len(line.runs)), told(line.final()), signed(against), told(line.mean())])
+def _ends(experiment: Experiment, found: Sequence[Line]) -> Table:
+    metrics = found[0].metrics()
+    curve = all(len(run.values) > FEWEST for line in found for run in line.runs.values())
+    guess = "" if experiment.majority is None else f" Whoever always says the commonest label is right in {experiment.majority:.3f}."
+    area = (
+        f" The {metrics[0]}'s mean over all rounds is the height of its curve, by straight lines between measured rounds." if curve else ""
+    )
+    rows = [
+        [line.name, str(len(line.runs)), *(told(line.last(metric)) for metric in metrics), *([told(line.mean())] if curve else [])]
+        for line in found
+    ]
     return Table(
-        f"Where it ended: held-out {metric}",
-        f"After the last round, at the largest rank that any device runs; mean ± 95 % interval over seeds (Student's t; none from one "
-        f"seed). The difference to *{experiment.reference}* is taken seed by seed; it is in bold where its interval leaves out zero. "
-        f"{'Smaller' if better(experiment) < 0 else 'Larger'} is better.",
-        ["contestant", "seeds", metric, f"against {experiment.reference}", "mean over all rounds"],
+        "Where it ended",
+        f"Held-out {_listed(metrics)} after the last round, at the largest rank that any device runs; mean ± 95 % interval over seeds "
+        f"(Student's t; none from one seed). {'Smaller' if better(experiment) < 0 else 'Larger'} {metrics[0]} is better.{guess}{area}",
+        ["contestant", "seeds", *metrics, *(["mean over all rounds"] if curve else [])],
         rows,
     )
 
 
-def _speed(experiment: Experiment, found: Sequence[Line]) -> Table:
-    targets = [line for name in experiment.targets if (line := _line(found, name)) is not None]
-    columns = [f"{what} to {target.name}" for target in targets for what in ("rounds", "bytes")]
+def _apart(experiment: Experiment, found: Sequence[Line]) -> Table:
+    metric = experiment.measures.metric
+    references = [line for name in experiment.references if (line := _line(found, name)) is not None]
+    against = {(a.name, b.name): None if a is b else difference(a.final(), b.final()) for a in found for b in references}
+    pairs = {frozenset(pair): x for pair, x in against.items() if x is not None and x.half is not None}  # each of two references once
+    apart = sum(x.apart for x in pairs.values())
+    note = (
+        f"{_counted(len(pairs), 'difference')} in this table, those between two of its columns counted once; the intervals of {apart} "
+        f"leave out zero. If nothing differed, one in {BY_CHANCE} would do so by chance, of so many about {len(pairs) / BY_CHANCE:.1f}; "
+        "nothing is corrected for how many there are."
+    )
+    return Table(
+        "How far they ended apart",
+        f"A row's last {metric} less that of the column's contestant, seed by seed; in bold where the interval leaves out zero.",
+        ["contestant", *(f"against {line.name}" for line in references)],
+        [[line.name, *(signed(against[line.name, other.name]) for other in references)] for line in found],
+        note if pairs else "",
+    )
+
+
+def _soon(experiment: Experiment, found: Sequence[Line], target: Line) -> Table:
+    end, sign = target.final(), better(experiment)
+    own_rounds, own_bytes = target.rounds_to(end, sign), target.bytes_to(end, sign)
     rows = []
     for line in found:
-        row = [line.name]
-        for target in targets:
-            rounds = line.rounds_to(target.final(), better(experiment))
-            size = line.bytes_to(target.final(), better(experiment))
-            row += [_reached(rounds, lambda x: f"{x:.1f}"), _reached(size, words.size)]
-        rows.append(row)
+        rounds, size = line.rounds_to(end, sign), line.bytes_to(end, sign)
+        of_rounds, of_bytes = (told(complete(shares(x, own)), "{:.2f}".format) for x, own in ((rounds, own_rounds), (size, own_bytes)))
+        rows.append([line.name, arrived(rounds, "{:.1f}".format), of_rounds, arrived(size, words.size), of_bytes])
     return Table(
-        "How soon it was where others ended",
-        "Rounds, and bytes up and down, until the value was as good as the named contestant's last one with the same seed; between "
-        "measured rounds by straight lines. Means over the seeds that came there; in brackets, how many did, where not all.",
-        ["contestant", *columns],
+        f"How soon it was where {target.name} ended",
+        f"Rounds until the {experiment.measures.metric} first was as good as the last one of *{target.name}* with the same seed, by "
+        "straight lines between measured rounds, and bytes up and down until then. The shares are of what it took that contestant itself "
+        "to be as good for the first time, seed by seed. Numbers stand only where every seed came so far.",
+        ["contestant", "rounds", "share of its rounds", "bytes", "share of its bytes"],
         rows,
     )
 
 
 def _rungs(experiment: Experiment, found: Sequence[Line]) -> Table:
-    smallest, ranks = (
-        experiment.ranks[0],
-        sorted({rank for line in found for run in line.runs.values() for rank in run.rounds[-1].measures}),
-    )
+    smallest = experiment.ranks[0]
+    ranks = sorted({rank for line in found for run in line.runs.values() for rank in run.rounds[-1].measures})
     rows = [[line.name, *(told(line.at(rank)) for rank in ranks), told(line.beyond(smallest), words.share)] for line in found]
     return Table(
         "The same adapter, cut to smaller ranks",
-        "The last adapter as a device of that rank reads it out; and the share of the last update's energy that lies beyond rank "
-        f"{smallest}, the smallest.",
+        f"The {experiment.measures.metric} of the last adapter as a device of that rank reads it out; and the share of the last update's "
+        f"energy that lies beyond rank {smallest}, the smallest.",
         ["contestant", *(f"rank {rank}" for rank in ranks), f"energy beyond {smallest}"],
         rows,
     )
@@ -96,8 +126,9 @@ def _classes(experiment: Experiment, found: Sequence[Line]) -> Table:
     kinds = [kind.name for kind in experiment.classes]
     return Table(
         "Each class of devices",
-        "The last adapter as the class holds it, on held-out rows in the proportions of its own rows: at its own rank, or whole where the "
-        "strategy hands out all of it.",
+        f"The {experiment.measures.metric} of the last adapter as the class holds it: at its own rank, or whole where the strategy hands "
+        "out all of it. No device has held-out rows of its own: these are the ones that all share, weighted by the class's average mix of "
+        f"{experiment.partition.over}s.",
         ["contestant", *kinds],
         [[line.name, *(told(line.by_class(kind)) for kind in kinds)] for line in found],
     )
@@ -107,8 +138,8 @@ def _costs(found: Sequence[Line]) -> Table:
     rows = []
     for line in found:
         train, merge, overhead = (interval(list(line.seconds(part).values())).mean for part in ("train", "merge", "overhead"))
-        traffic = interval(list(line.bytes().values())).mean
-        rows.append([line.name, words.size(traffic), words.duration(train), words.duration(merge), words.share(overhead / (train + merge))])
+        traffic = arrived(line.bytes(), words.size)
+        rows.append([line.name, traffic, words.duration(train), words.duration(merge), words.share(overhead / (train + merge))])
     return Table(
         "What it cost",
         "Means over seeds, of a whole run: bytes up and down; seconds that agents spent in training steps, and the coordinator in merging; "
@@ -139,42 +170,9 @@ def _line(found: Sequence[Line], name: str) -> Line | None:
     return next((line for line in found if line.name == name), None)
 
 
-def told(values: BySeed, form: Callable[[float], str] = "{:.3f}".format) -> str:
-    """A mean with its interval."""
-    if not values:
-        return NONE
-    found = interval(list(values.values()))
-    return form(found.mean) + ("" if found.half is None else f" ± {form(found.half)}")
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def signed(found: Interval | None) -> str:
-    """A difference with its interval, in bold where it is one."""
-    if found is None:
-        return NONE
-    text = f"{found.mean:+.3f}".replace("-", "−") + ("" if found.half is None else f" ± {found.half:.3f}")
-    return f"**{text}**" if found.apart else text
-
-
-def _reached(values: Mapping[int, float | None], form: Callable[[float], str]) -> str:
-    there = [value for value in values.values() if value is not None]
-    if not there:
-        return NONE if not values else "never"
-    some = "" if len(there) == len(values) else f" ({len(there)} of {len(values)})"
-    return form(interval(there).mean) + some
-
-
-def settings(value: object) -> str:
-    """Settings as TOML writes them in a line."""
-    match value:
-        case bool():
-            return str(value).lower()
-        case dict():
-            return ", ".join(
-                f"{key} = {{ {settings(x)} }}" if isinstance(x, dict) else f"{key} = {settings(x)}" for key, x in value.items()
-            )
-        case list():
-            return f"[{', '.join(map(settings, value))}]"
-        case str():
-            return f'"{value}"'
-        case _:
-            return str(value)
+def _counted(count: int, what: str) -> str:
+    return f"There is {count} {what}" if count == 1 else f"There are {count} {what}s"

@@ -38,6 +38,7 @@ def shorter(experiment: Experiment) -> Experiment:
             "tuning": None,
             "contestants": tries,
             "reference": tries[0].name,
+            "further_references": [],
             "targets": [],
         }
     )

@@ -264,12 +264,18 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_leaves_results_tables_and_pictures(quick: Path) -> None:
     given, runs = opened(quick)
     assert [run.header.contestant for run in runs] == ["delta", "rank 2 for all"]
-    assert [table.columns[0] for table in tables(given, runs)] == ["contestant"] * 5
+    assert [table.columns[0] for table in tables(given, runs)] == ["contestant"] * 6
     assert (quick / "report.md").read_text().startswith("# quick\n")
     assert (quick / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (quick / "curves.svg").read_text().startswith("<?xml")
+    files = ("report.md", "curves.png", "curves.svg")
+    for name in files:
+        (quick / name).unlink()
     shown = CliRunner().invoke(app, ["report", str(quick)])
     assert "Where it ended" in shown.output
+    assert not any((quick / name).exists() for name in files)  # it only looks
+    assert CliRunner().invoke(app, ["report", str(quick), "--write"]).exit_code == 0
+    assert all((quick / name).exists() for name in files)
     assert CliRunner().invoke(app, ["report", str(quick / "runs")]).exit_code == 1
     told = json.loads(CliRunner().invoke(app, ["report", str(quick), "--json"]).stdout)
     assert [line["contestant"] for line in told["contestants"]] == ["rank 2 for all", "delta"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from experiments import curves, figures
+from experiments.cells import signed, told
 from experiments.experiment import FOLDER, read
 from experiments.intervals import Interval
 from experiments.records import Finished, Header, RoundRecord, Seconds
 from experiments.summary import Line
-from experiments.tables import signed, told
 
 SECONDS = Seconds(whole=10.0, train=6.0, merge=2.0, measure=1.0)
 
@@ -90,7 +90,9 @@ def test_numbers_are_told_with_their_intervals_and_differences_in_bold() -> None
 
 def test_figures_for_scripts_hold_what_tables_say_and_the_values_of_every_seed() -> None:
     """Ours ends at 2 and 3, theirs at 2.5 and 2.5; it was at 2.5 after 1.5 rounds of two, and never."""
-    given = read(FOLDER / "quick.toml").model_copy(update={"reference": "rank 2 for all", "targets": ["rank 2 for all"]})
+    given = read(FOLDER / "quick.toml").model_copy(
+        update={"reference": "rank 2 for all", "further_references": ["delta"], "targets": ["rank 2 for all"]}
+    )
     ends = {"delta": ([4.0, 3.0, 2.0], [4.0, 3.0, 3.0]), "rank 2 for all": ([4.0, 3.0, 2.5], [4.0, 3.0, 2.5])}
     runs = [run(losses, seed, name) for name, both in ends.items() for seed, losses in enumerate(both)]
 
@@ -103,7 +105,13 @@ def test_figures_for_scripts_hold_what_tables_say_and_the_values_of_every_seed()
     assert ours.difference is not None
     assert (ours.difference.mean, ours.difference.by_seed, theirs.difference) == (0.0, {0: -0.5, 1: 0.5}, None)
     assert ours.targets["rank 2 for all"].rounds == {0: 1.5, 1: None}
+    assert ours.targets["rank 2 for all"].share_of_rounds == {0: 0.75, 1: None}
+    assert theirs.targets["rank 2 for all"].share_of_bytes == {0: 1.0, 1: 1.0}
+    assert ours.last == {"loss": ours.final}
+    assert theirs.differences == {"delta": theirs.differences["delta"]}
+    assert theirs.differences["delta"].by_seed == {0: 0.5, 1: -0.5}
     assert ours.ranks[2].by_seed == {0: pytest.approx(2.1), 1: pytest.approx(3.1)}
+    assert ours.bytes is not None
     assert ours.bytes.mean == 3600
     assert ours.seconds == {"train": 18.0, "merge": 6.0, "overhead": 6.0}
     assert figures.report(given, []).contestants == []
@@ -113,6 +121,7 @@ def test_figures_for_scripts_hold_what_tables_say_and_the_values_of_every_seed()
 @pytest.mark.parametrize(("losses", "title"), [([4.0, 2.0], "after the last round"), ([4.0, 3.0, 2.0], "of the global adapter")])
 def test_a_beginning_and_an_end_are_drawn_as_ends_and_more_as_curves(losses: list[float], title: str, tmp_path: Path) -> None:
     runs = [run(losses, seed, name) for name in ("delta", "rank 2 for all") for seed in range(2)]
-    files = curves.draw(read(FOLDER / "quick.toml"), runs, tmp_path)
-    assert [file.name for file in files] == ["curves.png", "curves.svg"]
-    assert f"Held-out loss {title}" in files[1].read_text()
+    png, svg = tmp_path / "curves.png", tmp_path / "curves.svg"
+    curves.draw(read(FOLDER / "quick.toml"), runs, png, svg)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert f"Held-out loss {title}" in svg.read_text()
