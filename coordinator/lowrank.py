@@ -27,7 +27,8 @@ class Truncation:
     """The best approximation of a sum by at most a given rank, b = U√S and a = √S Vᵀ, with its certificate.
 
     k directions are held, fewer than were asked for where W has no more. The largest |entry| of each left vector is
-    positive (the first of equals), so that equal sums give equal factors. Energies are those before b and a were rounded to
+    positive (the first of equals); which directions stand for equal singular values follows from the order of the terms, which is that of
+    their contents, so that the same contributions give the same factors. Energies are those before b and a were rounded to
     float32, which adds some 10⁻⁷ ‖W‖ to the error: it is seen where little more is left out.
     """
 
