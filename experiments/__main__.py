@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,10 @@ import typer
 from protocol import errors
 
 if TYPE_CHECKING:
+    from experiments.bench import Ended
     from experiments.material import Places
+
+LATER = 75  # sysexits.h's EX_TEMPFAIL: nothing is wrong, and the same command does the rest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,11 +44,17 @@ def run(
     seeds: Annotated[int | None, typer.Option(min=1, help="how many seeds, instead of the experiment's number")] = None,
     only: Only = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="begin no run that would end later, instead of the experiment's budget")
+        float | None,
+        typer.Option(
+            min=0, help="begin no run once they are over, nor one that would end later at the pace so far; by default the experiment's"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Carry an experiment out, or go on where it was cut; then show what came of it."""
+    """Carry an experiment out, or go on where it was cut; then show what came of it.
+
+    Ends with 75 where the minutes left some runs for later, and with 1 where one failed.
+    """
     with _told():
         from rich.console import Console
 
@@ -58,7 +68,8 @@ def run(
             experiment = experiment.model_copy(update={"budget_minutes": minutes})
         results = Results(out, file)
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        Bench(experiment, _places(file, models, data), results, console).run(some(experiment, only or ()), experiment.numbers(seeds))
+        bench = Bench(experiment, _places(file, models, data), results, console)
+        ended = bench.run(some(experiment, only or ()), experiment.numbers(seeds))
         if runs := results.all():
             from experiments import report as reports
 
@@ -68,6 +79,8 @@ def run(
             from experiments import figures
 
             typer.echo(figures.report(experiment, runs).model_dump_json())
+        options = {"--models": models, "--data": data, "--seeds": seeds, "--minutes": minutes, "--json": as_json}
+        _tell(ended, _command(file, out, options, only or ()))
 
 
 @app.command()
@@ -132,6 +145,27 @@ def overhead(
         typer.echo(found.model_dump_json() if as_json else str(found))
 
 
+def _command(file: Path, out: Path, options: Mapping[str, object], only: Iterable[str]) -> str:
+    """The command that was given, to be given again."""
+    given = [word for name, value in options.items() if value for word in ([name] if value is True else [name, str(value)])]
+    named = [word for name in only for word in ("--only", name)]
+    return shlex.join(["python", "-m", "experiments", "run", str(file), "--out", str(out), *given, *named])
+
+
+def _tell(ended: Ended, command: str) -> None:
+    """What is not done, why, and how it will be; ends with a code of its own if there is something."""
+    for run, reason in ended.failed.items():
+        typer.echo(f"{run} failed: {reason}", err=True)
+    if ended.left:
+        rounds = sum(run.rounds for run in ended.left)
+        typer.echo(
+            f"The budget is used up. Runs left: {len(ended.left)}, with {rounds} rounds; the next is {ended.left[0].name}.", err=True
+        )
+    if not ended.whole:
+        typer.echo(f"What ended is kept; this does the rest: {command}", err=True)
+        raise typer.Exit(1 if ended.failed else LATER)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """What went wrong in one line on stderr, and what to do; no trace."""
@@ -140,6 +174,9 @@ def _told() -> Iterator[None]:
     except errors.HLoRAError as error:
         where = "; --models names the folder in which models are looked for first" if isinstance(error, errors.ModelRefusal) else ""
         typer.echo(f"{error.detail}{where}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(": ".join(str(part) for part in (error.filename, error.strerror) if part), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("\nStopped. What ended is kept: the same command goes on from there.", err=True)
@@ -165,7 +202,7 @@ def _places(file: Path, models: Path | None, data: Path | None) -> Places:
 
 
 def _quiet() -> None:
-    """Logs of warnings and worse only, and one thread: the same numbers on every machine, and no core that waits for another."""
+    """Logs of errors only, and one thread: the same numbers on every machine, and no core that waits for another."""
     import structlog
     import torch
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Self
 
 from experiments import fleet, records
 from experiments.experiment import Contestant, Experiment
 from experiments.fleet import Member, Stopwatch
-from experiments.material import Part, Places
+from experiments.material import Material, Part, Places
 from experiments.measuring import Measurer, Values
 from experiments.plans import plan as plan_of
 from experiments.records import Finished, Header, RoundRecord, Seconds, rounded
@@ -19,7 +21,7 @@ from modelling.layout import resolve
 from protocol import errors
 from protocol.plan import Plan
 from protocol.states import JobKind, JobState, RunState
-from protocol.views import RoundView
+from protocol.views import JobView, RoundView
 from simulation.federation import Federation, federation
 
 EXECUTOR = "threads://1"  # what a run costs shall not depend on how many cores are free
@@ -36,7 +38,16 @@ class Setup:
     seed: int
     training: Part
     held_out: Part
+    data: str  # the digest of the rows that they come of
+    commit: str | None  # of the code, before it began to compute
     members: Sequence[Member]
+
+    @classmethod
+    def prepared(cls, places: Places, material: Material, seed: int) -> Self:
+        """Share the material's rows out with that seed. Raises DataRefusal where there are too few."""
+        part, experiment = material.training(seed), material.experiment
+        members = fleet.members(experiment, part, seed)
+        return cls(experiment, places, seed, part, material.held_out, material.digest, records.commit(), members)
 
 
 def plans(setup: Setup, contestant: Contestant) -> list[tuple[list[Member], Plan]]:
@@ -61,14 +72,14 @@ async def carry_out(setup: Setup, contestant: Contestant, told: Told) -> Finishe
                 told()
                 rounds.append(record)
         courses.append(rounds)
-    header = _header(setup, contestant, resolved)
-    return Finished(header, [_together(round, header.headline) for round in zip(*courses, strict=True)])
+    rounds = [_together(round, resolved.ranks.ladder[-1]) for round in zip(*courses, strict=True)]
+    return Finished(_header(setup, contestant, resolved, rounds), rounds)
 
 
 def failed(setup: Setup, contestant: Contestant, reason: str) -> Finished:
     """A run that came to nothing, with its reason."""
     _, plan = plans(setup, contestant)[-1]
-    return Finished(_header(setup, contestant, resolve(plan)).model_copy(update={"failed": reason}), [])
+    return Finished(_header(setup, contestant, resolve(plan), []).model_copy(update={"failed": reason}), [])
 
 
 class _Course:
@@ -101,19 +112,22 @@ class _Course:
     async def _record(self, found: Federation, run: str, view: RoundView, whole: float, train: float) -> RoundRecord:
         began = perf_counter()
         measures = {rank: self._measurer.measure(await found.tensors(run, view.number, rank), rank) for rank in self._ranks(view.number)}
+        jobs = [job for job in view.jobs if job.kind is JobKind.train]
         seconds = Seconds(
             whole=rounded(whole), train=rounded(train), merge=view.merge_seconds or 0.0, measure=rounded(perf_counter() - began)
         )
         return RoundRecord(
             round=view.number,
             contributions=view.contributions,
-            lost=sum(job.kind is JobKind.train and job.state in LOST for job in view.jobs),
+            lost=sum(job.state in LOST for job in jobs),
             ranks=view.ranks,
             bytes_up=view.bytes_up,
             bytes_down=view.bytes_down,
             kept={rank: rounded(share) for rank, share in view.kept_energy.items()},
             measures={rank: {kind: _brief(values) for kind, values in kinds.items()} for rank, kinds in measures.items()},
             seconds=seconds,
+            drawn={job.client_name: job.rank.rank for job in sorted(jobs, key=_named)},
+            steps={job.client_name: job.usage.steps for job in sorted(jobs, key=_named) if job.state is JobState.accepted and job.usage},
         )
 
     def _ranks(self, number: int) -> list[int]:
@@ -124,12 +138,15 @@ class _Course:
         return [] if number % self._measures.every else [self._plan.ranks.ladder[-1]]
 
 
+def _named(job: JobView) -> str:
+    return job.client_name
+
+
 def _brief(values: Values) -> Values:
     return {name: rounded(value) for name, value in values.items()}
 
 
-def _header(setup: Setup, contestant: Contestant, plan: Plan) -> Header:
-    by_class = contestant.kind == "federated" and "ranks" not in {*setup.experiment.plan, *contestant.plan}
+def _header(setup: Setup, contestant: Contestant, plan: Plan, rounds: Sequence[RoundRecord]) -> Header:
     named = plan.model_copy(update={"model": plan.model.model_copy(update={"id": setup.experiment.model})})
     assert plan.model.fingerprint is not None, "a resolved plan has its model's fingerprint"
     return Header(
@@ -139,12 +156,28 @@ def _header(setup: Setup, contestant: Contestant, plan: Plan) -> Header:
         settings=setup.experiment.digest(contestant),
         plan=named.digest(),
         model=plan.model.fingerprint,
-        ranks={kind.name: contestant.rank or kind.rank for kind in setup.experiment.classes} if by_class else {},
+        ranks=_by_class(setup, contestant, rounds),
         mixes={name: _brief(mix) for name, mix in fleet.mixes(setup.members, setup.training).items()},
         headline=plan.ranks.ladder[-1],
         software=records.software(),
         machine=records.machine(),
+        rounds=plan.rounds,
+        data=setup.data,
+        commit=setup.commit,
     )
+
+
+def _by_class(setup: Setup, contestant: Contestant, rounds: Sequence[RoundRecord]) -> dict[str, int]:
+    """Each class's rank; where a policy of the plan's own gives ranks, that of most of the class's jobs, the smaller of equals."""
+    if contestant.kind != "federated":
+        return {}
+    if "ranks" not in {*setup.experiment.plan, *contestant.plan}:
+        return {kind.name: contestant.rank or kind.rank for kind in setup.experiment.classes}
+    given: dict[str, Counter[int]] = {kind.name: Counter() for kind in setup.experiment.classes}
+    kinds = {member.name: member.kind.name for member in setup.members}
+    for name, rank in (pair for round in rounds for pair in round.drawn.items()):
+        given[kinds[name]][rank] += 1
+    return {kind: min(counts, key=lambda rank: (-counts[rank], rank)) for kind, counts in given.items() if counts}
 
 
 def _together(rounds: Sequence[RoundRecord], headline: int) -> RoundRecord:
@@ -162,6 +195,8 @@ def _together(rounds: Sequence[RoundRecord], headline: int) -> RoundRecord:
         kept={},
         measures={headline: _means(measured)} if measured else {},
         seconds=Seconds(**{name: rounded(sum(getattr(r.seconds, name) for r in rounds)) for name in Seconds.model_fields}),
+        drawn={name: rank for round in rounds for name, rank in round.drawn.items()},
+        steps={name: steps for round in rounds for name, steps in round.steps.items()},
     )
 
 

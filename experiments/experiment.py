@@ -25,11 +25,19 @@ class Source(Strict):
     """Rows of one origin. With `texts` every text of these columns is a row of its own; without, rows stay as they are."""
 
     name: Name
-    train: str = Field(min_length=1, description="JSON lines, relative to the data folder")
-    held_out: str = Field(min_length=1, description="JSON lines on which everything is measured, and nothing trained")
+    train: str = Field(min_length=1, description="JSON lines, relative to the data folder; with `hub`, a split")
+    held_out: str = Field(min_length=1, description="the same, on which everything is measured, and nothing trained")
+    hub: str | None = Field(default=None, min_length=1, description="a data set of the hub that stands in place of files")
+    subset: str | None = Field(default=None, description="hub only: the data set's configuration")
     texts: list[str] = Field(default=[], description="columns whose texts become rows with the one column `text`")
     rows: int | None = Field(default=None, ge=1, description="no more than so many training rows, drawn by the seed")
     held_out_rows: int | None = Field(default=None, ge=1, description="no more than the first so many held-out rows")
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Self:
+        if self.subset is not None and self.hub is None:
+            raise ValueError("only a data set of the hub has a subset; name it with `hub`")
+        return self
 
 
 class Partition(Strict):
@@ -106,7 +114,9 @@ class Experiment(Strict):
     measures: Measures = Measures()
     tuning: Tuning | None = None
     seeds: int = Field(default=5, ge=1, le=1000, description="how many; the first is 0, or 1 where 0 is what was tuned with")
-    budget_minutes: float | None = Field(default=None, gt=0, description="no run is begun that would end later, at the pace so far")
+    budget_minutes: float | None = Field(
+        default=None, gt=0, description="no run is begun once they are over, nor one that would end later at the pace so far"
+    )
     contestants: list[Contestant] = Field(min_length=1)
     reference: str = Field(description="the contestant with which all are compared, seed by seed")
     further_references: list[str] = Field(default=[], description="others with which all are compared besides")
@@ -124,6 +134,18 @@ class Experiment(Strict):
                 raise ValueError(f"two of the {what} have the same name")
         for name in (*self.references, *self.targets):
             self.contestant(name)
+        return self
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        metric = self.measures.metric
+        if metric != "loss" and self.task.kind == "causal-lm":
+            raise ValueError(f"measures.metric: a language model has no {metric}; its metric is loss")
+        if metric == "f1" and self.partition.over == "label":
+            # The F1 of rows that all have one label is 0, or near 1, whatever the model; no mean of such numbers says anything.
+            raise ValueError(
+                'measures.metric: f1 says nothing of rows of a single label; with a partition over "label" measure accuracy or loss'
+            )
         return self
 
     def contestant(self, name: str) -> Contestant:
@@ -172,6 +194,8 @@ def read(file: Path) -> Experiment:
     """The experiment of a file. Raises InvalidRequest, naming the line at fault."""
     try:
         return Experiment.model_validate(tomllib.loads(file.read_text("utf-8")))
+    except UnicodeDecodeError:
+        raise errors.InvalidRequest(f"{file} is no text in UTF-8, as TOML must be; save it in that encoding") from None
     except tomllib.TOMLDecodeError as error:
         raise errors.InvalidRequest(f"{file} is no TOML: {error}") from None
     except ValidationError as error:

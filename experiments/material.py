@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +37,36 @@ class Part:
     sources: Sequence[str]
     kinds: Sequence[str]
 
-    def of(self, kind: str) -> list[Row]:
-        """The rows of one kind."""
-        return [row for row, own in zip(self.rows, self.kinds, strict=True) if own == kind]
+
+@dataclass(frozen=True)
+class Material:
+    """All rows of an experiment as they were read: of each source those that may be trained on, and those that all are measured on."""
+
+    experiment: Experiment
+    rows: Mapping[str, Sequence[Row]]  # source → its training rows
+    held_out: Part  # the same for every seed
+    digest: str  # of the rows' content alone: the same wherever they lie, another where one of them is another
+
+    def training(self, seed: int) -> Part:
+        """The rows that may be trained on with that seed."""
+        named = [(s.name, row) for s in self.experiment.sources for row in _drawn(s, self.rows[s.name], seed)]
+        return _part(self.experiment, named)
 
 
-def training(experiment: Experiment, places: Places, seed: int) -> Part:
-    """All rows that may be trained on. Raises DataRefusal where a file or a column is missing."""
-    return _part(experiment, [(source.name, row) for source in experiment.sources for row in _drawn(source, places, seed)])
+def read(experiment: Experiment, places: Places) -> Material:
+    """Read all rows. Raises DataRefusal where a file or a column is missing, or a line is no row."""
+    rows = {source.name: _rows(source, source.train, places) for source in experiment.sources}
+    kept = [(s.name, row) for s in experiment.sources for row in _rows(s, s.held_out, places)[: s.held_out_rows]]
+    return Material(experiment, rows, _part(experiment, kept), _digest([*rows.values(), [row for _, row in kept]]))
 
 
-def held_out(experiment: Experiment, places: Places) -> Part:
-    """The rows on which everything is measured, the same for every seed. Raises DataRefusal as `training` does."""
-    named = [(s.name, row) for s in experiment.sources for row in _rows(s, places.data / s.held_out)[: s.held_out_rows]]
-    return _part(experiment, named)
+def _digest(parts: Iterable[Sequence[Row]]) -> str:
+    found = hashlib.sha256()
+    for rows in parts:
+        for row in rows:
+            found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        found.update(b"\n")  # so that no row changes sides unnoticed
+    return f"sha256:{found.hexdigest()}"
 
 
 def _part(experiment: Experiment, named: Sequence[tuple[str, Row]]) -> Part:
@@ -61,26 +78,55 @@ def _part(experiment: Experiment, named: Sequence[tuple[str, Row]]) -> Part:
     return Part([row for _, row in named], sources, kinds)
 
 
-def _drawn(source: Source, places: Places, seed: int) -> list[Row]:
-    rows = _rows(source, places.data / source.train)
+def _drawn(source: Source, rows: Sequence[Row], seed: int) -> Sequence[Row]:
     if source.rows is None or source.rows >= len(rows):
         return rows
     return [rows[n] for n in sorted(random.Random(f"rows/{source.name}/{seed}").sample(range(len(rows)), source.rows))]
 
 
-def _rows(source: Source, file: Path) -> list[Row]:
+def _rows(source: Source, part: str, places: Places) -> list[Row]:
+    """A source's rows: those of a file, or of a split on the hub."""
+    place, rows = (
+        (f"{source.hub}, {part}", _hub(source, part)) if source.hub else (str(places.data / part), _lines(source, places.data / part))
+    )
+    if not source.texts:
+        return rows
     try:
-        return [row for line in file.read_text("utf-8").split("\n") if line.strip() for row in _texts(source, json.loads(line))]
+        return [{"text": row[column]} for row in rows for column in source.texts]
+    except KeyError as error:
+        raise errors.DataRefusal(f"{source.name}: {place} has no column {error}") from None
+
+
+def _lines(source: Source, file: Path) -> list[Row]:
+    try:
+        lines = file.read_text("utf-8").split("\n")
     except FileNotFoundError:
         raise errors.DataRefusal(f"{source.name}: {file} is not there; name the folder that holds it with --data") from None
-    except KeyError as error:
-        raise errors.DataRefusal(f"{source.name}: {file} has no column {error}") from None
+    except OSError as error:
+        raise errors.DataRefusal(f"{source.name}: {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise errors.DataRefusal(f"{source.name}: {file} is no text in UTF-8") from None
+    return [_row(source, f"line {n} of {file}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _row(source: Source, place: str, line: str) -> Row:
+    try:
+        row = json.loads(line)
     except ValueError as error:
-        raise errors.DataRefusal(f"{source.name}: {file} is not JSON lines: {error}") from None
+        raise errors.DataRefusal(f"{source.name}: {place} is no JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise errors.DataRefusal(
+            f"{source.name}: {place} is no row: an object with the columns' names was expected, not a {type(row).__name__}"
+        )
+    return row
 
 
-def _texts(source: Source, row: Row) -> Iterator[Row]:
-    if source.texts:
-        yield from ({"text": row[column]} for column in source.texts)
-    else:
-        yield row
+def _hub(source: Source, split: str) -> list[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise errors.DataRefusal(f"{source.name}: sets of the hub need the package datasets: pip install '.[hub]'") from None
+    try:  # pragma: no cover: needs the hub's package and a network
+        return [dict(row) for row in load_dataset(source.hub, source.subset, split=split)]
+    except (OSError, ValueError) as error:  # pragma: no cover: as above
+        raise errors.DataRefusal(f"{source.name}: {source.hub}, {split} cannot be read: {error}") from None

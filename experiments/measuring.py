@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from agent import learning
-from agent.encoding import Example, encode
+from agent.encoding import Example, Tokenizer, encode
 from agent.learning import Seen, Setting
 from coordinator.adapters import PREFIX
 from experiments.material import Part
@@ -20,7 +20,7 @@ from experiments.records import ALL
 from modelling import adapters, base
 from modelling.base import Base
 from protocol.contents import Label
-from protocol.plan import Layout, Plan
+from protocol.plan import Layout, Plan, Task
 from protocol.slices import Factors, Slice
 
 Values = dict[str, float]  # loss, and for classifiers accuracy and f1
@@ -42,8 +42,7 @@ class Measurer:
         assert plan.layout is not None, "a plan is resolved before it runs"
         found = base.load(plan.model, plan.task, dtype=torch.float32)
         setting = Setting(plan.task, found.tokenizer.pad_token_id, found.device, None)
-        kinds = {kind: encode(part.of(kind), plan.task, found.tokenizer, kind) for kind in sorted(set(part.kinds))}
-        return cls(found, plan.layout, setting, kinds, batch_size)
+        return cls(found, plan.layout, setting, _encoded(part, plan.task, found.tokenizer), batch_size)
 
     def measure(self, adapter: bytes, rank: int) -> dict[str, Values]:
         """Each kind's values, and those of all, for the tensors of a PEFT folder of that rank.
@@ -63,6 +62,19 @@ class Measurer:
 
     def _values(self, seen: Seen) -> Values:
         return {name: metric.value for name, metric in seen.metrics(self.setting.task).items() if name != "perplexity"}
+
+
+def _encoded(part: Part, task: Task, tokenizer: Tokenizer) -> dict[str, list[Example]]:
+    """Each kind's rows. They are encoded source by source, so that a refusal names source and row as somebody can look them up."""
+    found: dict[str, list[Example]] = {kind: [] for kind in sorted(set(part.kinds))}
+    for source in dict.fromkeys(part.sources):
+        own = [n for n, name in enumerate(part.sources) if name == source]
+        examples = encode([part.rows[n] for n in own], task, tokenizer, source)
+        # A language model's rows may be left out, and so have no number of their own; but there every source is a kind.
+        kinds = [source] * len(examples) if task.kind == "causal-lm" else [part.kinds[n] for n in own]
+        for kind, example in zip(kinds, examples, strict=True):
+            found[kind].append(example)
+    return found
 
 
 def _unheard(step: int, steps: int, loss: float) -> None:

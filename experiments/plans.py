@@ -11,6 +11,7 @@ from experiments.experiment import Contestant, Experiment, Settings
 from experiments.fleet import ALIAS, CLASS, Member
 from protocol import errors
 from protocol.plan import Model, Plan
+from protocol.strict import mistakes
 
 WHOLE = {"strategy", "ranks"}  # choices with options of their own: one stands in place of the other
 
@@ -30,11 +31,11 @@ def plan(experiment: Experiment, contestant: Contestant, model: Model, team: Seq
     try:
         found = Plan.model_validate(told)
         found = _alone(experiment, contestant, found) if contestant.kind != "federated" else found
+        _attainable(found, len(team))
         aggregation.check(found.strategy).check(found)
         ranks.check(found.ranks)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise errors.InvalidPlan(f"{contestant.name}: {'.'.join(str(x) for x in first['loc'])}: {first['msg']}") from None
+        raise errors.InvalidPlan(f"{contestant.name}: {'; '.join(mistakes(error, Plan))}") from None
     except errors.InvalidPlan as error:
         raise errors.InvalidPlan(f"{contestant.name}: {error.detail}") from None
     return found
@@ -47,6 +48,12 @@ def overlaid(below: Mapping[str, JsonValue], above: Mapping[str, JsonValue]) -> 
         under = found.get(name)
         found[name] = overlaid(under, value) if isinstance(under, dict) and isinstance(value, dict) and name not in WHOLE else value
     return found
+
+
+def _attainable(plan: Plan, clients: int) -> None:
+    """Raise InvalidPlan for a quorum that never comes together: the run would wait for it until it gives up."""
+    if plan.cohort.quorum > clients:
+        raise errors.InvalidPlan(f"cohort.quorum: {plan.cohort.quorum} contributions never come of {clients} clients")
 
 
 def _ranks(contestant: Contestant, team: Sequence[Member]) -> JsonValue:

@@ -1,16 +1,18 @@
 """What is kept of a run: a file of JSON lines, the first about the run, then one for each round.
 
     experiment.toml                     as it was when the results were last added to
-    runs/<contestant>--<seed>.jsonl     written whole, or not at all: a file that is there is a run that ended
-    partitions/<seed>.jsonl             one line for each client: its class, and how many rows of which kind
+    runs/<contestant>--<seed>.jsonl     written whole, or not at all; one that was cut all the same is a run that did not end
+    partitions/<seed>.jsonl             one line for each client: its class, and how many rows of which kind it has
 
 Nothing in them names a place of the machine that they were made on.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from experiments.experiment import Contestant, Experiment, read, slug
 from protocol import VERSION, errors
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from experiments.fleet import Member
     from experiments.material import Part
 
+ROOT = Path(__file__).parents[1]
 FILE = "experiment.toml"
 ALL = "all"  # beside the kinds of rows: all of them together
 LIBRARIES = ("torch", "transformers", "peft", "numpy")
@@ -48,12 +51,15 @@ class Header(Record):
     settings: str  # the digest of all that the run follows from, but seed and model
     plan: str  # the plan's digest, with the model under the experiment's name for it
     model: str  # fingerprint
-    ranks: dict[str, int]  # class of device → the rank that it runs, where that follows from its class
+    ranks: dict[str, int]  # class of device → the rank that it runs: what its class says, or else what most of its jobs were given
     mixes: dict[str, dict[str, float]]  # class → kind of rows → share of its rows
     headline: int  # the largest rank that any device runs: where the global adapter is looked at first
     software: dict[str, str]
     machine: dict[str, str]
     failed: str | None = None  # why there are no rounds: tried settings may be none that learn
+    rounds: int | None = None  # the last round's number; older files do not say it, nor what follows
+    data: str | None = None  # the digest of all rows that were there to train and to measure on
+    commit: str | None = None  # of the project's checkout, "-dirty" where it was changed; none where there is no checkout
 
 
 class Seconds(Record):
@@ -82,6 +88,8 @@ class RoundRecord(Record):
     kept: dict[int, float]  # rank → share of the update's energy in the leading directions
     measures: dict[int, dict[str, dict[str, float]]]  # rank → ALL, or kind of rows → metric
     seconds: Seconds
+    drawn: dict[str, int] = {}  # client that was given a training job → its rank
+    steps: dict[str, int] = {}  # client whose contribution came → the optimiser steps that it did
 
 
 class Share(Record):
@@ -113,16 +121,19 @@ class Results:
     folder: Path
     source: Path | None = None  # the experiment's file
 
-    def check(self, experiment: Experiment) -> None:
-        """Raise Conflict where the folder holds another experiment's results."""
+    def check(self, experiment: Experiment, data: str) -> None:
+        """Raise Conflict where the folder holds another experiment's results, or some that were made with other rows."""
         if (kept := self.folder / FILE).is_file() and (other := read(kept).name) != experiment.name:
             raise errors.Conflict(f"{self.folder} holds results of the experiment {other}; choose another folder for {experiment.name}")
+        for file in self._files():
+            run = _read(file)
+            if run is not None and run.header.data not in (None, data):
+                raise errors.Conflict(f"{file} was made with other rows than the data files hold now; mend these, or choose another folder")
 
     def describe(self) -> None:
         """Keep the experiment's file beside its results."""
         if self.source is not None and self.source != self.folder / FILE:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / FILE).write_bytes(self.source.read_bytes())
+            _kept(self.folder / FILE, self.source.read_bytes())
 
     def file(self, contestant: str, seed: int) -> Path:
         """Where a run is kept."""
@@ -131,10 +142,8 @@ class Results:
     def find(self, contestant: Contestant, seed: int, settings: str) -> Finished | None:
         """A run, if it ended. Raises Conflict if it was made by other settings."""
         file = self.file(contestant.name, seed)
-        if not file.exists():
-            return None
-        found = _read(file)
-        if found.header.settings != settings:
+        found = _read(file) if file.exists() else None
+        if found is not None and found.header.settings != settings:
             raise errors.Conflict(f"{file} was made by other settings of this experiment; remove it, or choose another folder")
         return found
 
@@ -143,7 +152,7 @@ class Results:
         _write(self.file(finished.header.contestant, finished.header.seed), [finished.header, *finished.rounds])
 
     def keep_partition(self, everybody: Sequence[Member], part: Part, seed: int) -> None:
-        """Write who had which rows, unless that is there."""
+        """Write how many rows of which kind each client has, unless that is there; which ones they are follows from the seed."""
         file = self.folder / "partitions" / f"{seed}.jsonl"
         if not file.exists():
             counts = [dict(sorted(Counter(part.kinds[n] for n in member.rows).items())) for member in everybody]
@@ -151,25 +160,68 @@ class Results:
             _write(file, shares)
 
     def all(self) -> list[Finished]:
-        """Every run that ended, by contestant and seed."""
-        return sorted(map(_read, self.folder.glob("runs/*.jsonl")), key=lambda run: (run.header.contestant, run.header.seed))
+        """Every run that ended, by contestant and seed. Raises Conflict for a file that was cut."""
+        return sorted(map(_whole, self._files()), key=lambda run: (run.header.contestant, run.header.seed))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("runs/*.jsonl"))
 
 
-def _read(file: Path) -> Finished:
-    first, *rest = file.read_text("utf-8").splitlines()
-    return Finished(Header.model_validate_json(first), [RoundRecord.model_validate_json(line) for line in rest])
+def _whole(file: Path) -> Finished:
+    found = _read(file)
+    if found is None:
+        raise errors.Conflict(f"{file} is cut: its end is missing; `run` does it anew, or remove it")
+    return found
+
+
+def _read(file: Path) -> Finished | None:
+    """The run of a file; none if the file was cut. Raises Conflict for whole lines that are no records of a run."""
+    lines = [line for line in file.read_bytes().split(b"\n") if line]
+    try:
+        json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return None
+    try:
+        header, rounds = Header.model_validate_json(lines[0]), [RoundRecord.model_validate_json(line) for line in lines[1:]]
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise errors.Conflict(f"{file} is no run that this version can read ({what}); remove it, or choose another folder") from None
+    wanted = 1 if header.rounds is None else header.rounds + 1  # round 0 among them
+    return Finished(header, rounds) if header.failed is not None or len(rounds) >= wanted else None
 
 
 def _write(file: Path, records: Iterable[Record]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    _kept(file, "".join(record.model_dump_json() + "\n" for record in records).encode())
+
+
+def _kept(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
     growing = file.with_suffix(".part")
-    growing.write_text("".join(record.model_dump_json() + "\n" for record in records), "utf-8")
-    os.replace(growing, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        growing.write_bytes(content)
+        os.replace(growing, file)
+    except OSError as error:
+        raise errors.Conflict(f"{file} cannot be written: {error.strerror}; mend that, or choose another folder") from None
 
 
 def software() -> dict[str, str]:
     """Versions of what computes."""
     return {"hlora": VERSION, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """What the project's checkout stands at; none where this is no checkout, or git is not there."""
+    if not (root / ".git").exists():  # an installed copy may lie within a checkout of something else
+        return None
+    # No lock is taken: somebody may work in the checkout.
+    asked = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        told = subprocess.run(asked, cwd=root, capture_output=True, text=True)  # noqa: S603  constants, and the git of whoever runs this
+    except OSError:
+        return None
+    return told.stdout.strip() or None
 
 
 def machine() -> dict[str, str]:

@@ -7,7 +7,7 @@ import asyncio
 from pydantic import BaseModel
 
 from admin import words
-from experiments import course, fleet, material, records
+from experiments import course, material, records
 from experiments.course import Setup
 from experiments.experiment import Contestant, Experiment
 from experiments.material import Places
@@ -58,8 +58,7 @@ def timed(experiment: Experiment, contestant: Contestant, places: Places, rounds
     Raises what plans, models and data are refused for.
     """
     short = experiment.model_copy(update={"plan": {**experiment.plan, "rounds": rounds}})
-    part = material.training(short, places, 0)
-    setup = Setup(short, places, 0, part, material.held_out(short, places), fleet.members(short, part, 0))
+    setup = Setup.prepared(places, material.read(short, places), 0)
     finished = asyncio.run(course.carry_out(setup, contestant, lambda: None))
     spent = [round.seconds for round in finished.rounds]
     train, merge = sum(s.train for s in spent), sum(s.merge for s in spent[1:])

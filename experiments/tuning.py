@@ -71,6 +71,11 @@ def frozen(experiment: Experiment, contestant: Contestant, runs: Sequence[Finish
     return contestant if found is None else _with(contestant, found.settings)
 
 
+def first(experiment: Experiment, contestant: Contestant) -> Contestant:
+    """The contestant with the first settings that it tries, while nobody knows which are best; as it is where nothing is tuned."""
+    return contestant if experiment.tuning is None else _with(contestant, experiment.tuning.tries[0])
+
+
 def _named(contestant: Contestant, number: int) -> str:
     return f"{contestant.name} try {number + 1}"
 
