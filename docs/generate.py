@@ -142,12 +142,14 @@ its class. To add one, see [writing a strategy](writing-a-strategy.md).
 
 Which one? What follows is what [the evidence](evidence.md) shows, on small models:
 
-- `delta`, the default, where clients' machines differ and little shall travel: each starts from its own slice, and what it does not hold is kept.
+- `delta`, the default, where clients' machines differ and little shall travel: each starts from its own slice, and what that does not
+  hold is kept.
 - `folded` where every client may hold and fetch the whole adapter at the plan's cap: it trains its own rank of it. Of all that merge
   unequal ranks it ended lowest in the language model's experiments, and its small devices run the whole adapter instead of a cut.
-- With either, `momentum = 0.5` and `training.cooling = 0.1` took something off the last loss there; on QQP they were neither better nor worse
-  than `raflora` beyond chance, which averages each direction over those who train it.
-- `fedavg` where all machines can train one rank: unequal ranks did not beat equal ranks of the same mean that were trained by the same means.
+- With either, `momentum = 0.5` and `training.cooling = 0.1` took something off the last loss there; on QQP momentum made `delta` neither
+  better nor worse than `raflora` beyond chance, which averages each direction over those who train it.
+- `fedavg` where all machines can train one rank: unequal ranks did not beat equal ranks of the same mean that were trained by the same
+  means.
 - `hlora` and `zero_pad` lose, round by round, what lies beyond the smallest rank; `hetlora`, `fedex`, `flora` and `ffa` are there to
   be compared with, as their papers describe them. Compare on rows like yours: [experiments](experiments.md).
 
