@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,8 @@ def enrol(
         called = name or typer.prompt("name of this machine")
         secret = SecretStr(token) if token else settings.token or SecretStr(typer.prompt("enrolment token", hide_input=True))
         who = asyncio.run(agent.enrol(settings, where, called, secret))
-        typer.echo(f"enrolled as {who.name} ({who.id}); start the agent with: python -m agent run")
+        started = "python -m agent run" if home is None else shlex.join(["python", "-m", "agent", "run", "--home", str(home)])
+        typer.echo(f"enrolled as {who.name} ({who.id}); start the agent with: {started}")
 
 
 @app.command()

@@ -86,8 +86,10 @@ async def test_sigterm_gives_the_job_back_and_ends_well(sqlite_url: str, tmp_pat
     await asyncio.to_thread((tmp_path / "policy.toml").write_text, "memory_bytes = 100_000_000\n")
     async with open_federation(sqlite_url, tmp_path / "coordinator") as federation, served(federation.app) as url:
         token = (await federation.admin.invite()).token
-        greeting, _ = await said(await agent(tmp_path, "enrol", url, "--name", "device", HLORA_AGENT_TOKEN=token))
+        enrolment = ("enrol", url, "--name", "device", "--home", str(tmp_path))
+        greeting, _ = await said(await agent(tmp_path, *enrolment, HLORA_AGENT_TOKEN=token))
         assert greeting.startswith("enrolled as device (client-")
+        assert greeting.endswith(f"python -m agent run --home {tmp_path}\n")
 
         examined, _ = await said(await agent(tmp_path, "doctor", "--model", str(encoder), "--json"))
         assert {line["point"] for line in json.loads(examined)} == {
