@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_is_one_line(results: Results) -> None:
     (results.folder / "experiment.toml").write_bytes((FOLDER / "quick.toml").read_bytes())
     (results.folder / "report.md").mkdir()
-    shown = CliRunner().invoke(app, ["report", str(results.folder)])
+    shown = CliRunner().invoke(app, ["report", str(results.folder), "--write"])
     assert (shown.exit_code, shown.stderr) == (1, f"{results.folder / 'report.md'}: Is a directory\n")
 
 
