@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +63,7 @@ def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Lo
         return lambda round: round.measures.get(next(iter(line.runs.values())).header.headline, {}).get(ALL, {}).get(metric)
 
     axes.set_title(f"Held-out {metric} of the global adapter")
-    ends = {line.name: _plot(axes, line, value(line), looks[line.name]) for line in found}
+    ends = _plotted(axes, [(line, value(line)) for line in found], looks)
     firsts = [line.curve(run)[0][1] for line in found for run in line.runs.values()]
     later = [y for line in found for run in line.runs.values() for x, y in line.curve(run) if x > run.rounds[-1].round // 10] or firsts
     later += _guessed(experiment)
@@ -99,22 +99,26 @@ def _guessed(experiment: Experiment) -> list[float]:
 
 
 def _energy(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Looks, gap: float) -> None:
-    smallest, ends = experiment.ranks[0], {}
+    smallest = experiment.ranks[0]
     axes.set_title(f"Energy beyond rank {smallest}")
 
     def value(round: RoundRecord) -> float | None:
         return 1 - round.kept[smallest] if round.round and smallest in round.kept else None
 
-    for line in found:
-        if mixed(experiment.contestant(line.name)):
-            ends[line.name] = _plot(axes, line, value, looks[line.name], (0.0, 1.0))
+    ends = _plotted(axes, [(line, value) for line in found if mixed(experiment.contestant(line.name))], looks, (0.0, 1.0))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_ylim(bottom=0)
     _finished(axes)
     _labelled(axes, ends, looks, gap)
 
 
-def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float, float] | None = None) -> float:
+def _plotted(axes: Axes, wanted: Iterable[tuple[Line, Value]], looks: Looks, bounds: tuple[float, float] | None = None) -> dict[str, float]:
+    """Draw these lines; gives where each ends that has any values."""
+    ends = {line.name: _plot(axes, line, value, looks[line.name], bounds) for line, value in wanted}
+    return {name: end for name, end in ends.items() if end is not None}
+
+
+def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float, float] | None) -> float | None:
     """The mean over seeds, with its interval as a band, as far as there are such values; gives where it ends."""
     rows = [{round.round: found for round in run.rounds if (found := value(round)) is not None} for run in line.runs.values()]
     rounds = sorted(set.intersection(*(set(row) for row in rows)))
@@ -124,7 +128,7 @@ def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float,
         least, most = bounds or (float("-inf"), float("inf"))
         low, high = [max(least, x.mean - (x.half or 0)) for x in means], [min(most, x.mean + (x.half or 0)) for x in means]
         axes.fill_between(rounds, low, high, color=look.colour, alpha=0.12, linewidth=0)
-    return means[-1].mean
+    return means[-1].mean if means else None
 
 
 def _labelled(axes: Axes, ends: Mapping[str, float], looks: Looks, gap: float) -> None:
