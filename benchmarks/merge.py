@@ -87,7 +87,7 @@ SIZES = (
 )
 QUICK = (
     *(_roberta(clients, modules, Dtype.float32) for clients, modules in ((10, 8), (20, 24), (100, 4))),
-    *(_roberta(clients, modules, Dtype.bfloat16) for clients, modules in ((20, 24), (1000, 2))),
+    _roberta(20, 24, Dtype.bfloat16),
     _llama_pairs(20, Dtype.bfloat16),
 )
 

@@ -80,10 +80,10 @@ def test_every_benchmark_is_a_command_of_its_own(benchmark: str) -> None:
 def test_the_quick_benchmark_prints_json_lines() -> None:
     lines = CliRunner().invoke(app, ["merge", "--quick", "--json"]).output.splitlines()
     merges = [Merge.model_validate(json.loads(line)) for line in lines if "copies" in line]
-    assert [found.clients for found in merges] == [10, 20, 100, 20, 1000, 20]
+    assert [found.clients for found in merges] == [10, 20, 100, 20, 20]
     assert {Method.model_validate(json.loads(line)).method for line in lines if "copies" not in line} == {"exact", "quick"}
     assert all(found.certificate_error < 0.01 and found.error_ratio < 1.005 for found in merges)
-    assert len(lines) == 10
+    assert len(lines) == 9
 
 
 def test_the_fuzzer_finds_nothing_in_a_short_run_or_says_what_it_needs() -> None:
