@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import ssl
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
@@ -47,5 +48,15 @@ def _split(url: str) -> SplitResult | None:
         _ = found.port  # raises for what is no number
     except ValueError:
         return None
-    whole = found.scheme in ("http", "https") and found.hostname and url.isprintable() and " " not in url
+    whole = found.scheme in ("http", "https") and url.isprintable() and _is_host(found.hostname or "", literal="[" in found.netloc)
     return found if whole else None
+
+
+def _is_host(name: str, *, literal: bool) -> bool:
+    """Whether it is a host's name, in ASCII (an international one as xn--…), or an address, which in brackets is of IPv6."""
+    if literal:
+        try:
+            return ipaddress.ip_address(name).version == 6
+        except ValueError:
+            return False
+    return re.fullmatch(r"[A-Za-z0-9._-]+", name) is not None

@@ -54,7 +54,19 @@ def test_https_and_this_machine_are_safe(url: str) -> None:
     Client(url, SecretStr("secret"))
 
 
-@pytest.mark.parametrize("url", ["localhost:8080", "ftp://example.org", "http://", "http://host:port", "http://two words", "http://[::1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8080",
+        "ftp://example.org",
+        "http://",
+        "http://host:port",
+        "http://two words",
+        "http://[::1",
+        "http://[v1.x]",
+        "http://☃.net",
+    ],
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="is no address"):
         Client(url)
