@@ -150,8 +150,8 @@ Which one? What follows is what [the evidence](evidence.md) shows, on small mode
   better nor worse than `raflora` beyond chance, which averages each direction over those who train it.
 - `fedavg` where all machines can train one rank: unequal ranks did not beat equal ranks of the same mean that were trained by the same
   means.
-- `fedex`, which hands out the whole adapter too, came there as far as `folded`, with a larger cap and two thirds more bytes; with a rate
-  that cools it did not.
+- `fedex`, which hands out the whole adapter too, came there as far as `folded` with momentum, with a larger cap and two thirds more
+  bytes; with a rate that cools it did not.
 - `hlora` and `zero_pad` lose, round by round, what lies beyond the smallest rank; `hetlora`, `flora` and `ffa` are there to be compared
   with, as their papers describe them. Compare on rows like yours: [experiments](experiments.md).
 

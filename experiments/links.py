@@ -6,31 +6,15 @@ import re
 from pathlib import Path
 
 GLOSSARY, STRATEGIES, DECISIONS = "glossary.md", "strategies.md", "decisions"
-WORDS = dict.fromkeys(
-    (
-        *(
-            "adapter",
-            "cap",
-            "changes",
-            "cohort",
-            "contestants",
-            "cut",
-            "energy",
-            "frozen",
-            "global adapter",
-            "held-out rows",
-            "kept energy",
-        ),
-        *("momentum", "products", "read out", "slices", "whole adapter"),
-    ),
-    GLOSSARY,
-) | dict.fromkeys(
-    (
-        *("`delta`", "`folded`", "`hlora`", "`raflora`", "`flora`", "`fedex`", "`ffa`", "`hetlora`", "`reweighted`", "`rotating`"),
-        *("FFA", "FLoRA", "FedEx", "HetLoRA", "federated averaging", "zero padding"),
-    ),
-    STRATEGIES,
+_TERMS = (
+    "adapter, cap, changes, cohort, contestants, cut, energy, frozen, global adapter, held-out rows, kept energy, momentum, products, "
+    "read out, slices, whole adapter"
 )
+_STRATEGIES = (
+    "`delta`, `folded`, `hlora`, `raflora`, `flora`, `fedex`, `ffa`, `hetlora`, `reweighted`, `rotating`, FFA, FLoRA, FedEx, HetLoRA, "
+    "federated averaging, zero padding"
+)
+WORDS = dict.fromkeys(_TERMS.split(", "), GLOSSARY) | dict.fromkeys(_STRATEGIES.split(", "), STRATEGIES)
 LEFT = r"^```.*?^```|^[#|<][^\n]*|!?\[[^\]]*\]\([^)]*\)"  # blocks of code, headings, tables, and what is a link already
 FOUND = re.compile(
     rf"(?ms)(?P<left>{LEFT})|(?P<word>(?<![\w`-])(?:{'|'.join(sorted(map(re.escape, WORDS), key=len, reverse=True))})(?![\w`-]))"
