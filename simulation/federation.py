@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from sqlalchemy.orm import Session
 
 from agent.client import Client
+from agent.holding import Step
 from agent.loop import Loop
 from agent.training import Train, Trainer
 from coordinator import access, app, schema
@@ -31,6 +32,7 @@ from simulation.device import Device
 
 URL = "http://localhost"  # only a name: no packet leaves the process
 TURN = timedelta(seconds=1)  # simulated time of one turn
+PAUSE = timedelta(seconds=30)  # of one where nobody has had anything to do for long: whatever is due then comes so much later at most
 EVERYBODY = 100  # turns after which every agent asks: a coordinator gives no work to whom it has not seen lately
 
 
@@ -65,33 +67,33 @@ class Federation:
         """Make the run of a resolved plan; gives its id."""
         return RunDetail.model_validate_json(await self._call("POST", "/v1/runs", plan.model_dump_json())).id
 
-    def turn(self) -> None:
-        """A second passes, and the conductor does all that is due."""
-        self.time.pass_by(TURN)
+    def turn(self, span: timedelta = TURN) -> None:
+        """So much time passes, and the conductor does all that is due."""
+        self.time.pass_by(span)
         while self.context.conductor.tick():
             pass
 
-    async def ask(self) -> None:
-        """One question for work of every agent that was called, in the order of their names.
+    async def ask(self) -> bool:
+        """One question for work of every agent that was called, in the order of their names; gives whether anybody had some.
 
         Where nobody was called, and now and then anyway, everybody asks.
         """
         self.turns += 1
         asking = self.called.copy() if self.turns % EVERYBODY else set(self.loops)
         self.called.clear()
-        for client in [client for client in self.loops if client in asking] or self.loops:
-            await self.loops[client].step()
+        steps = [await self.loops[client].step() for client in [client for client in self.loops if client in asking] or self.loops]
+        return any(step is not Step.idle for step in steps)
 
     async def run(self, plan: Plan) -> AsyncIterator[RunDetail]:
         """Carry a plan out; gives the run after every turn of the conductor, until it is over."""
-        id = await self.start(plan)
+        id, span = await self.start(plan), TURN
         while True:
-            self.turn()
+            self.turn(span)
             detail = await self.look(id)
             yield detail
             if detail.state is not RunState.running:
                 return
-            await self.ask()
+            span = TURN if await self.ask() else min(2 * span, PAUSE)
 
     async def look(self, id: str) -> RunDetail:
         """Where a run stands."""

@@ -16,9 +16,12 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from agent.data import Part
+from agent.training import Outcome, Tell
 from modelling.layout import resolve
 from protocol import errors
+from protocol.messages import Job
 from protocol.plan import Plan
+from protocol.slices import Slice
 from protocol.states import RoundState, RunState
 from simulation import device
 from simulation.__main__ import read_plan
@@ -133,6 +136,20 @@ async def test_agents_train_what_a_strategy_hands_out_and_send_back_what_they_tr
     sizes = {job.slice.bytes for job in first.jobs if job.slice is not None}
     assert len(sizes) == 1
     assert 0 < sizes.pop() - 4 * plan.layout.numbers(0) - up * trained < 4096, "and a header"
+
+
+async def test_hours_in_which_nobody_has_work_are_a_few_turns(model: Path, fleet: Path, tmp_path: Path) -> None:
+    def broken(job: Job, start: Slice, tell: Tell) -> Outcome:
+        raise errors.ModelRefusal("this machine trains nothing")
+
+    plan = _plan(model, times={"job": 3600, "round": 7200})
+    async with federation(device.fleet(fleet), tmp_path, train=broken) as found:
+        began = found.time.now
+        last = [run async for run in found.run(plan)][-1]
+
+    assert last.state is RunState.paused
+    assert last.reason == "wait"
+    assert found.turns < (found.time.now - began).total_seconds() / 20
 
 
 async def test_what_travels_as_int8_publishes_the_same_bytes_again(model: Path, fleet: Path, tmp_path: Path) -> None:
