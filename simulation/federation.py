@@ -32,7 +32,7 @@ from simulation.device import Device
 
 URL = "http://localhost"  # only a name: no packet leaves the process
 TURN = timedelta(seconds=1)  # simulated time of one turn
-PAUSE = timedelta(seconds=30)  # of one where nobody has had anything to do for long: whatever is due then comes so much later at most
+LONGEST = timedelta(minutes=10)  # of one where nobody has had work for as long: what is due then comes so much later at most
 EVERYBODY = 100  # turns after which every agent asks: a coordinator gives no work to whom it has not seen lately
 
 
@@ -93,7 +93,7 @@ class Federation:
             yield detail
             if detail.state is not RunState.running:
                 return
-            span = TURN if await self.ask() else min(2 * span, PAUSE)
+            span = TURN if await self.ask() else min(2 * span, LONGEST)
 
     async def look(self, id: str) -> RunDetail:
         """Where a run stands."""

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,9 @@ async def test_hours_in_which_nobody_has_work_are_a_few_turns(model: Path, fleet
         last = [run async for run in found.run(plan)][-1]
 
     assert last.state is RunState.paused
-    assert last.reason == "wait"
-    assert found.turns < (found.time.now - began).total_seconds() / 20
+    assert last.reason.startswith("waits for clients")
+    assert found.time.now - began > timedelta(hours=2)
+    assert found.turns < 100
 
 
 async def test_what_travels_as_int8_publishes_the_same_bytes_again(model: Path, fleet: Path, tmp_path: Path) -> None:
