@@ -10,6 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Self
 
+from coordinator import aggregation
+from coordinator.portions import Portion
 from experiments import fleet, records
 from experiments.experiment import Contestant, Experiment
 from experiments.fleet import Member, Stopwatch
@@ -72,7 +74,7 @@ async def carry_out(setup: Setup, contestant: Contestant, told: Told) -> Finishe
                 told()
                 rounds.append(record)
         courses.append(rounds)
-    rounds = [_together(round, resolved.ranks.ladder[-1]) for round in zip(*courses, strict=True)]
+    rounds = [_together(round, _headline(resolved)) for round in zip(*courses, strict=True)]
     return Finished(_header(setup, contestant, resolved, rounds), rounds)
 
 
@@ -135,7 +137,12 @@ class _Course:
         if number == self._plan.rounds or (number and number % self._measures.rungs_every == 0):
             rungs = {*self._setup.experiment.ranks, *self._plan.ranks.ladder, self._plan.global_rank}
             return sorted(rank for rank in rungs if rank <= self._plan.global_rank)
-        return [] if number % self._measures.every else [self._plan.ranks.ladder[-1]]
+        return [] if number % self._measures.every else [_headline(self._plan)]
+
+
+def _headline(plan: Plan) -> int:
+    """The rank of the adapter as the largest devices hold it: all of it, where the strategy hands out all of it."""
+    return plan.ranks.ladder[-1] if aggregation.load(plan.strategy.name).portion is Portion.leading else plan.global_rank
 
 
 def _named(job: JobView) -> str:
@@ -158,7 +165,7 @@ def _header(setup: Setup, contestant: Contestant, plan: Plan, rounds: Sequence[R
         model=plan.model.fingerprint,
         ranks=_by_class(setup, contestant, rounds),
         mixes={name: _brief(mix) for name, mix in fleet.mixes(setup.members, setup.training).items()},
-        headline=plan.ranks.ladder[-1],
+        headline=_headline(plan),
         software=records.software(),
         machine=records.machine(),
         rounds=plan.rounds,

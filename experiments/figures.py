@@ -31,11 +31,11 @@ class Figures(Record):
     """One contestant."""
 
     contestant: str
-    final: Estimate  # the metric after the last round, at the largest rank that any device runs
+    final: Estimate  # the metric after the last round, of the adapter as the largest devices hold it
     last: dict[str, Estimate]  # all metrics then
     difference: Estimate | None  # to the reference, seed by seed; none for itself, and without a common seed
     differences: dict[str, Estimate]  # to the further references
-    mean: Estimate  # of the metric over all rounds
+    mean: Estimate | None  # of the metric over all rounds; none where it was not followed from the beginning
     targets: dict[str, Reach]
     ranks: dict[int, Estimate]  # the last adapter cut to that rank
     classes: dict[str, Estimate]  # the last adapter as a class of devices holds it
@@ -82,7 +82,7 @@ def _figures(experiment: Experiment, line: Line, found: Mapping[str, Line]) -> F
         last={metric: _estimate(line.last(metric)) for metric in line.metrics()},
         difference=apart.get(experiment.reference),
         differences={name: apart[name] for name in experiment.further_references if name in apart},
-        mean=_estimate(line.mean()),
+        mean=_estimate(mean) if (mean := line.mean()) else None,
         targets={name: _reach(line, found[name], better(experiment)) for name in experiment.targets if name in found},
         ranks={rank: _estimate(values) for rank in ranks if (values := line.at(rank))},
         classes={name: _estimate(values) for name, values in classes.items() if values},

@@ -53,7 +53,7 @@ class Header(Record):
     model: str  # fingerprint
     ranks: dict[str, int]  # class of device → the rank that it runs: what its class says, or else what most of its jobs were given
     mixes: dict[str, dict[str, float]]  # class → kind of rows → share of its rows
-    headline: int  # the largest rank that any device runs: where the global adapter is looked at first
+    headline: int  # the rank at which the largest devices hold the adapter: where it is looked at first
     software: dict[str, str]
     machine: dict[str, str]
     failed: str | None = None  # why there are no rounds: tried settings may be none that learn

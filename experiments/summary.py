@@ -27,7 +27,7 @@ class Line:
     kind: str = "federated"
 
     def final(self) -> BySeed:
-        """The last value at the largest rank that any device runs."""
+        """The last value of the adapter as the largest devices hold it."""
         return self.last(self.metric)
 
     def last(self, metric: str) -> BySeed:
@@ -40,8 +40,11 @@ class Line:
         return sorted(found, key=lambda name: (name != self.metric, name))
 
     def mean(self) -> BySeed:
-        """The mean of that value over all rounds: the area under its curve, by the trapezoid rule, through their number."""
-        return {seed: area(self.curve(run)) for seed, run in self.runs.items()}
+        """The mean of that value over all rounds: the area under its curve, by the trapezoid rule, through their number.
+
+        Of runs that were measured so from the beginning.
+        """
+        return {seed: area(self.curve(run)) for seed, run in self._followed().items()}
 
     def curve(self, run: Finished) -> list[tuple[int, float]]:
         """The rounds that were measured, and the value after each."""
@@ -66,16 +69,20 @@ class Line:
         found = {}
         for seed, run in self.runs.items():
             last = run.rounds[-1].measures
-            at = last.get(max(last) if self.whole else run.header.ranks.get(kind, 0))
+            at = last.get(run.header.headline if self.whole else run.header.ranks.get(kind, 0))
             if at is not None and run.header.mixes[kind].keys() <= at.keys():
                 found[seed] = sum(share * at[rows][self.metric] for rows, share in run.header.mixes[kind].items())
             elif at is not None:
                 found[seed] = at[ALL][self.metric]
         return found
 
+    def _followed(self) -> dict[int, Finished]:
+        """The runs that have a curve: files of old hold what lies beyond the ladder's largest rank at the end alone."""
+        return {seed: run for seed, run in self.runs.items() if run.values[0][0] == 0}
+
     def rounds_to(self, target: BySeed, better: int) -> dict[int, float | None]:
         """Rounds until the value is as good as the target's of the same seed; none where it never was."""
-        return {seed: reached(self.curve(run), target[seed], better) for seed, run in self.runs.items() if seed in target}
+        return {seed: reached(self.curve(run), target[seed], better) for seed, run in self._followed().items() if seed in target}
 
     def bytes_to(self, target: BySeed, better: int) -> dict[int, float | None]:
         """Bytes up and down until then; nothing, where nothing travels."""

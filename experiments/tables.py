@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from admin import words
@@ -12,7 +12,7 @@ from experiments.cells import NONE, arrived, complete, settings, signed, told
 from experiments.experiment import Contestant, Experiment
 from experiments.intervals import difference, interval
 from experiments.records import Finished
-from experiments.summary import Line, better, lines, shares
+from experiments.summary import BySeed, Line, better, lines, shares
 
 FEWEST = 3  # measured rounds, beside the untrained adapter, from which on a mean over all rounds says something
 BY_CHANCE = 20  # one in so many 95 % intervals leaves out zero where nothing differs
@@ -42,9 +42,12 @@ def tables(experiment: Experiment, runs: Sequence[Finished], tuned: Sequence[Fin
     made = [_ends(experiment, found)]
     if len(found) > 1:
         made.append(_apart(experiment, found))
+    if len(found) > 1 and _followed(found):
+        made.append(_ahead(experiment, found))
     made += [*(_soon(experiment, found, target) for target in targets), _rungs(experiment, found)]
     if experiment.partition.kind not in ("iid", "quantity") or any(line.whole for line in found):
         made.append(_classes(experiment, found))  # otherwise classes have the same mix, and it would say what the rungs say
+        made.append(_gains(experiment, found))
     made.append(_costs(found))
     if experiment.tuning is not None:
         made.append(_tuning(experiment, [experiment.contestant(line.name) for line in found], tuned))
@@ -53,7 +56,7 @@ def tables(experiment: Experiment, runs: Sequence[Finished], tuned: Sequence[Fin
 
 def _ends(experiment: Experiment, found: Sequence[Line]) -> Table:
     metrics = found[0].metrics()
-    curve = all(len(run.values) > FEWEST for line in found for run in line.runs.values())
+    curve = _followed(found)
     guess = "" if experiment.majority is None else f" Whoever always says the commonest label is right in {experiment.majority:.3f}."
     area = (
         f" The {metrics[0]}'s mean over all rounds is the height of its curve, by straight lines between measured rounds." if curve else ""
@@ -64,7 +67,7 @@ def _ends(experiment: Experiment, found: Sequence[Line]) -> Table:
     ]
     return Table(
         "Where it ended",
-        f"Held-out {_listed(metrics)} after the last round, at the largest rank that any device runs; mean ± 95 % interval over seeds "
+        f"Held-out {_listed(metrics)} after the last round, as the largest devices hold the adapter; mean ± 95 % interval over seeds "
         f"(Student's t; none from one seed). {'Smaller' if better(experiment) < 0 else 'Larger'} {metrics[0]} is better.{guess}{area}",
         ["contestant", "seeds", *metrics, *(["mean over all rounds"] if curve else [])],
         rows,
@@ -72,9 +75,30 @@ def _ends(experiment: Experiment, found: Sequence[Line]) -> Table:
 
 
 def _apart(experiment: Experiment, found: Sequence[Line]) -> Table:
-    metric = experiment.measures.metric
+    return _differences(
+        "How far they ended apart",
+        f"A row's last {experiment.measures.metric} less that of the column's contestant, seed by seed; in bold where the interval leaves "
+        "out zero.",
+        experiment,
+        found,
+        Line.final,
+    )
+
+
+def _ahead(experiment: Experiment, found: Sequence[Line]) -> Table:
+    return _differences(
+        "How far apart they were on the way",
+        f"The same of the {experiment.measures.metric}'s mean over all rounds: who learns sooner, and not only who ends where.",
+        experiment,
+        found,
+        Line.mean,
+    )
+
+
+def _differences(title: str, reading: str, experiment: Experiment, found: Sequence[Line], value: Callable[[Line], BySeed]) -> Table:
+    """Every contestant against every reference, seed by seed, with what of so many differences would be one by chance."""
     references = [line for name in experiment.references if (line := _line(found, name)) is not None]
-    against = {(a.name, b.name): None if a is b else difference(a.final(), b.final()) for a in found for b in references}
+    against = {(a.name, b.name): None if a is b else difference(value(a), value(b)) for a in found for b in references}
     pairs = {frozenset(pair): x for pair, x in against.items() if x is not None and x.half is not None}  # each of two references once
     apart = sum(x.apart for x in pairs.values())
     note = (
@@ -83,8 +107,8 @@ def _apart(experiment: Experiment, found: Sequence[Line]) -> Table:
         "nothing is corrected for how many there are."
     )
     return Table(
-        "How far they ended apart",
-        f"A row's last {metric} less that of the column's contestant, seed by seed; in bold where the interval leaves out zero.",
+        title,
+        reading,
         ["contestant", *(f"against {line.name}" for line in references)],
         [[line.name, *(signed(against[line.name, other.name]) for other in references)] for line in found],
         note if pairs else "",
@@ -134,6 +158,24 @@ def _classes(experiment: Experiment, found: Sequence[Line]) -> Table:
     )
 
 
+def _gains(experiment: Experiment, found: Sequence[Line]) -> Table:
+    """What each class has of a contestant more, or less, than of the reference."""
+    kinds, reference = [kind.name for kind in experiment.classes], _line(found, experiment.reference)
+    own = {} if reference is None else {kind: reference.by_class(kind) for kind in kinds}
+    rows = [
+        [line.name, *(signed(difference(line.by_class(kind), values)) for kind, values in own.items())]
+        for line in found
+        if line is not reference
+    ]
+    return Table(
+        f"What each class gains over {experiment.reference}",
+        f"The same less what the class has of *{experiment.reference}*, seed by seed; in bold where the interval leaves out zero. "
+        f"{'Below' if better(experiment) < 0 else 'Above'} zero the class gains.",
+        ["contestant", *own],
+        rows,
+    )
+
+
 def _costs(found: Sequence[Line]) -> Table:
     rows = []
     for line in found:
@@ -164,6 +206,11 @@ def _tuning(experiment: Experiment, contestants: Sequence[Contestant], tuned: Se
         ["contestant", *(settings(tried) for tried in experiment.tuning.tries)],
         rows,
     )
+
+
+def _followed(found: Sequence[Line]) -> bool:
+    """Whether the way to the end was measured often enough to speak of it."""
+    return any(len(run.values) > FEWEST for line in found for run in line.runs.values())
 
 
 def _line(found: Sequence[Line], name: str) -> Line | None:

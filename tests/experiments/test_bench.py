@@ -286,13 +286,16 @@ def test_settings_with_which_no_round_comes_about_are_the_worst_and_stop_nobody(
 
 
 def test_a_device_that_is_handed_the_whole_adapter_is_measured_with_it(places: Places, tmp_path: Path) -> None:
-    """Both classes of `folded` hold rank 4; of `delta` the weak ones hold rank 1."""
-    both = [{"name": name, "plan": {"strategy": {"name": name}}} for name in ("delta", "folded")]
+    """Both classes of `folded` hold all six directions that are kept; of `delta` the weak ones hold rank 1, and the strong ones rank 4."""
+    both = [{"name": name, "plan": {"strategy": {"name": name}, "cap": 6}} for name in ("delta", "folded")]
     given = experiment(contestants=both, reference="delta", targets=[])
     for line in lines(given, carry_out(given, places, tmp_path)):
         (run,) = line.runs.values()
         last, mixes = run.rounds[-1].measures, run.header.mixes
-        for kind, rank in {"weak": 1 if line.name == "delta" else 4, "strong": 4}.items():
+        headline = 4 if line.name == "delta" else 6
+        assert [round for round, _ in line.curve(run)] == [round.round for round in run.rounds], "followed as it is held"
+        assert line.final() == {0: last[headline]["all"]["loss"]}
+        for kind, rank in {"weak": 1 if line.name == "delta" else 6, "strong": headline}.items():
             wanted = sum(share * last[rank][rows]["loss"] for rows, share in mixes[kind].items())
             assert line.by_class(kind)[0] == pytest.approx(wanted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from experiments import figures
 from experiments.cells import arrived, complete, told
 from experiments.experiment import FOLDER, Experiment, read
 from experiments.records import Finished
@@ -80,6 +81,25 @@ def test_differences_stand_to_every_reference_and_are_counted_once() -> None:
     assert "about 0.1" in apart.note  # 3 / 20
     assert apart.markdown().endswith(apart.note + "\n")
     assert table(experiment, runs(delta=[[4, 2]], rank_2_for_all=[[4, 3]]), "How far").note == ""
+
+
+def test_what_was_measured_at_its_end_alone_has_an_end_and_no_way_there() -> None:
+    found = runs(delta=[[4, 3, 2.5, 2]], rank_2_for_all=[[4, 3, 2.5, 2]])
+    before = [round.model_copy(update={"measures": {2: round.measures[2]}}) for round in found[0].rounds[:-1]]
+    found[0] = Finished(found[0].header, [*before, found[0].rounds[-1]])
+    ends, soon = (row(table(given(), found, title), "delta") for title in ("Where it ended", "How soon"))
+    assert (ends["loss"], ends["mean over all rounds"]) == ("2.000", "–")
+    assert (soon["rounds"], soon["bytes"]) == ("–", "–")
+    assert [one.mean is None for one in figures.report(given(), found).contestants] == [False, True]
+    assert row(table(given(), found, "How far apart they were on the way"), "delta")["against rank 2 for all"] == "–"
+
+
+def test_a_class_gains_what_it_has_more_than_the_reference_seed_by_seed() -> None:
+    """Both classes: one less at every rank, on every kind of rows, in the one seed that both have."""
+    gains = table(given(), runs(delta=[[4, 2], [4, 1]], rank_2_for_all=[[4, 3]]), "What each class gains")
+    assert gains.columns[1:] == ["weak", "strong"]
+    assert [row[0] for row in gains.rows] == ["delta"]
+    assert row(gains, "delta")["weak"] == row(gains, "delta")["strong"] == "−1.000"
 
 
 def test_what_is_no_federation_moves_no_bytes_and_has_no_classes() -> None:
