@@ -15,12 +15,23 @@ from protocol import errors
 
 
 def opened(folder: Path) -> tuple[Experiment, list[Finished]]:
-    """The experiment of some results, and its runs by contestant and seed. Raises InvalidRequest where there are none."""
+    """The experiment of some results, and its runs by contestant and seed.
+
+    Raises InvalidRequest where there are none, and Conflict where some were made by other settings than the experiment's file says now.
+    """
     if not (folder / FILE).is_file():
         raise errors.InvalidRequest(f"{folder} holds no results: there is no {FILE} in it")
     experiment, runs = read(folder / FILE), Results(folder).all()
     if not runs:
         raise errors.InvalidRequest(f"no run of {experiment.name} has ended in {folder} yet")
+    trials = tuned(folder)
+    said = {c.name: experiment.digest(tuning.frozen(experiment, c, trials)) for c in experiment.contestants}
+    for name, seed, settings in ((run.header.contestant, run.header.seed, run.header.settings) for run in runs):
+        if said.get(name, settings) != settings:
+            raise errors.Conflict(
+                f"{Results(folder).file(name, seed)} was made by other settings than {folder / FILE} says now; "
+                "remove it, or bring that file back to what it was"
+            )
     return experiment, runs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from experiments.bench import Bench, Pace
 from experiments.course import Setup
 from experiments.experiment import FOLDER, Experiment, read, some
 from experiments.material import Places
-from experiments.records import Finished, Results, RoundRecord
+from experiments.records import FILE, Finished, Results, RoundRecord
 from experiments.report import opened, tuned
 from experiments.summary import lines
 from experiments.tables import tables
@@ -408,6 +409,13 @@ def test_what_is_published_is_a_page_that_names_all_that_was_run(quick: Path, tm
     assert (tmp_path / "images" / "evidence-quick.png").exists()
     assert CliRunner().invoke(app, ["publish", "--docs", str(tmp_path)]).exit_code == 0
     assert (tmp_path / "evidence.md").read_text() == text
+
+
+def test_results_are_not_told_under_settings_that_they_were_not_made_by(quick: Path, tmp_path: Path) -> None:
+    edited = shutil.copytree(quick, tmp_path / "edited")
+    (edited / FILE).write_text((quick / FILE).read_text().replace("learning_rate = 2e-3", "learning_rate = 3e-3"))
+    with pytest.raises(errors.Conflict, match=r"other settings than .* says now"):
+        opened(edited)
 
 
 def test_what_is_stored_is_not_lost_by_publishing_it_again(quick: Path, tmp_path: Path) -> None:

@@ -16,14 +16,11 @@ def test_the_page_is_what_the_stored_results_say() -> None:
     assert (DOCS / PAGE).read_text("utf-8") == page(DOCS), "run python -m experiments publish"
 
 
-def test_stored_runs_were_made_by_the_settings_that_are_stored_beside_them() -> None:
+def test_stored_trials_were_made_by_the_settings_that_are_stored_beside_them() -> None:
+    """Runs are held against them wherever results are opened."""
     for folder in (file.parent for file in (DOCS / STORED).glob(f"*/{FILE}")):
         experiment, runs = opened(folder)
         trials = tuned(folder)
-        frozen = {c.name: tuning.frozen(experiment, c, trials) for c in experiment.contestants}
-        for run in runs:
-            contestant = frozen[run.header.contestant]
-            assert run.header.settings == experiment.digest(contestant), f"{folder.name}: {contestant.name}"
         assert {run.header.seed for run in trials}.isdisjoint({run.header.seed for run in runs})
         for trial in trials:
             short = tuning.shorter(experiment)
