@@ -28,6 +28,30 @@ class Interval:
         """Whether zero lies outside: a difference that is one."""
         return self.half is not None and abs(self.mean) > self.half
 
+    @property
+    def chance(self) -> float:
+        """How probable a mean so far from zero is where nothing differs; 1 where nothing is known."""
+        if not self.half:
+            return 1.0 if self.half is None or self.mean == 0 else 0.0
+        return beyond(abs(self.mean) / self.half * quantile(self.count - 1), self.count - 1)
+
+
+def beyond(t: float, freedom: int) -> float:
+    """The probability that Student's t lies farther from zero than that, to either side (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle, odd = math.atan2(t, math.sqrt(freedom)), freedom % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for n in range(2 + odd, freedom + 1, 2):  # cos θ + 2/3 cos³ θ + …, or 1 + 1/2 cos² θ + …; of one degree of freedom nothing
+        total += term
+        term *= (n - 1) / n * math.cos(angle) ** 2
+    within = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + within) if odd else within)
+
+
+def standing(found: Sequence[Interval], level: float = 0.05) -> int:
+    """How many differences stand by Holm's procedure: of so many, one would be among them by chance with that probability at most."""
+    chances = sorted(x.chance for x in found)
+    return next((n for n, chance in enumerate(chances) if chance > level / (len(chances) - n)), len(chances))
+
 
 def quantile(freedom: int) -> float:
     """Student's t for a two-sided 95 % interval.

@@ -10,7 +10,7 @@ from admin import words
 from experiments import tuning
 from experiments.cells import NONE, arrived, complete, settings, signed, told
 from experiments.experiment import Contestant, Experiment
-from experiments.intervals import difference, interval
+from experiments.intervals import difference, interval, standing
 from experiments.records import Finished
 from experiments.summary import BySeed, Line, better, lines, shares
 
@@ -103,8 +103,8 @@ def _differences(title: str, reading: str, experiment: Experiment, found: Sequen
     apart = sum(x.apart for x in pairs.values())
     note = (
         f"{_counted(len(pairs), 'difference')} in this table, those between two of its columns counted once; the intervals of {apart} "
-        f"leave out zero. If nothing differed, one in {BY_CHANCE} would do so by chance, of so many about {len(pairs) / BY_CHANCE:.1f}; "
-        "nothing is corrected for how many there are."
+        f"leave out zero. If nothing differed, one in {BY_CHANCE} would do so by chance, of so many about {len(pairs) / BY_CHANCE:.1f}. "
+        f"Corrected for how many there are (Holm's procedure, 5 %), {standing(list(pairs.values()))} of them stand."
     )
     return Table(
         title,

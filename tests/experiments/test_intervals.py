@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.intervals import difference, interval, quantile
+from experiments.intervals import Interval, beyond, difference, interval, quantile, standing
 from experiments.summary import area, reached
 
 
@@ -42,6 +42,30 @@ def test_a_difference_whose_interval_leaves_out_zero_is_one() -> None:
 )
 def test_students_t_is_that_of_the_tables(freedom: int, expected: float) -> None:
     assert quantile(freedom) == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 9, 29, 30])
+def test_what_lies_beyond_students_t_is_a_twentieth_of_it(freedom: int) -> None:
+    assert beyond(quantile(freedom), freedom) == pytest.approx(0.05, abs=2e-5)
+    assert beyond(0.0, freedom) == pytest.approx(1)
+
+
+def test_what_lies_beyond_is_what_tables_say_elsewhere_too() -> None:
+    """t(4) = 3.7469 at 2 %, t(7) = 3.4995 at 1 %, t(1) = 1 at 50 %."""
+    assert [beyond(3.7469, 4), beyond(3.4995, 7), beyond(1.0, 1)] == pytest.approx([0.02, 0.01, 0.5], abs=1e-5)
+
+
+def test_by_holm_a_difference_stands_against_all_that_are_no_clearer() -> None:
+    """Three: 0.01 stands against 0.05 / 3, then 0.04 does not against 0.05 / 2, and 0.045, which alone would, is not asked any more."""
+
+    def at(chance: float) -> Interval:
+        return Interval(1.0, quantile(4) / next(t / 1000 for t in range(10_000) if beyond(t / 1000, 4) <= chance), 5)
+
+    assert at(0.04).chance == pytest.approx(0.04, abs=1e-3)
+    assert standing([at(0.04), at(0.01), at(0.045)]) == 1
+    assert standing([at(0.001), at(0.002), at(0.003)]) == 3
+    assert standing([]) == standing([Interval(1.0, None, 1)]) == 0
+    assert standing([Interval(1.0, 0.0, 5)]) == 1
 
 
 def test_the_area_under_a_curve_is_its_mean_height() -> None:
