@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from agent.data import Row
+from agent.readers import Row
 from protocol import errors
 from protocol.plan import CausalLM, SequenceClassification, Task
 
@@ -53,14 +53,15 @@ class Batch:
     weight: int  # rows, or learned tokens
 
 
-def encode(rows: Iterable[Row], task: Task, tokenizer: Tokenizer, alias: str) -> list[Example]:
+def encode(rows: Iterable[tuple[int, Row]], task: Task, tokenizer: Tokenizer, alias: str) -> list[Example]:
     """All rows of use. Texts longer than the task allows are cut; a row of which nothing remains to be learned is left out.
 
+    rows: with the numbers that refusals name them by.
     Raises DataRefusal for a missing column, a text that is none, an unknown label, or where no row is of use.
     """
     encoded: Callable[[Row, int], Example | None]
     encoded = _Classified(task, tokenizer, alias) if isinstance(task, SequenceClassification) else _Continued(task, tokenizer, alias)
-    examples = [example for n, row in enumerate(rows, start=1) if (example := encoded(row, n)) is not None]
+    examples = [example for n, row in rows if (example := encoded(row, n)) is not None]
     if not examples:
         raise errors.DataRefusal(f"{alias!r} has no row of which anything can be learned", alias=alias)
     return examples
@@ -74,7 +75,7 @@ class _Classified:
     def __call__(self, row: Row, n: int) -> Example:
         text = _text(row, self.task.text, n, self.alias)
         pair = None if self.task.text_pair is None else _text(row, self.task.text_pair, n, self.alias)
-        label = _label(_value(row, self.task.label, self.alias))
+        label = _label(_value(row, self.task.label, n, self.alias))
         if label not in self.numbers:
             raise errors.DataRefusal(
                 f"row {n} of {self.alias!r} has a {self.task.label} that is none of the plan's labels ({', '.join(self.task.labels[:20])})",
@@ -109,11 +110,12 @@ class _Continued:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
 
-def _value(row: Row, column: str, alias: str) -> object:
+def _value(row: Row, column: str, n: int, alias: str) -> object:
     if column not in row:
         raise errors.DataRefusal(
-            f"{alias!r} has no column {column!r}, only {', '.join(row)}; map one in its columns",
+            f"row {n} of {alias!r} has no column {column!r}, only {', '.join(row)}; map one in its columns",
             alias=alias,
+            row=n,
             column=column,
             known=list(row),
         )
@@ -121,7 +123,7 @@ def _value(row: Row, column: str, alias: str) -> object:
 
 
 def _text(row: Row, column: str, n: int, alias: str) -> str:
-    value = _value(row, column, alias)
+    value = _value(row, column, n, alias)
     if not isinstance(value, str):
         raise errors.DataRefusal(f"row {n} of {alias!r} has no text in {column!r}, but {type(value).__name__}", alias=alias, row=n)
     return value
