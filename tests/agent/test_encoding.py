@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from transformers import AutoTokenizer
 
 from agent.encoding import IGNORED, Example, Tokenizer, batches, collate, encode
@@ -77,8 +78,10 @@ def test_a_text_that_is_cut_does_not_end(bytewise: Tokenizer) -> None:
 def test_a_row_whose_prompt_fills_the_length_is_left_out(bytewise: Tokenizer) -> None:
     task = CausalLM(prompt="question", text="answer", max_length=5)
     rows = [{"question": "too long", "answer": "no"}, {"question": "hm", "answer": "yes"}]
-    (example,) = encoded(rows, task, bytewise, "sums")
+    with capture_logs() as logs:
+        (example,) = encoded(rows, task, bytewise, "sums")
     assert learned(example, task, bytewise) == "ye"
+    assert [(log["event"], log["data"], log["rows"], log["kept"]) for log in logs] == [("rows-left-out", "sums", 1, 1)]
     with pytest.raises(errors.DataRefusal, match="no row of which anything can be learned"):
         encoded(rows[:1], task, bytewise, "sums")
 
@@ -146,11 +149,38 @@ def test_labels_are_compared_as_plans_write_them(pieces: Tokenizer, label: objec
 
 
 @pytest.mark.parametrize(
+    ("labels", "label", "number"),
+    [
+        (["0", "1"], "1.0", 1),
+        (["0.0", "1.0"], 1, 1),
+        (["0.0", "1.0"], "1", 1),
+        (["1", "1.0"], "1", 0),
+        (["1", "1.0"], "1.0", 1),
+        (["1.0", "1"], "1.0", 0),
+        ([False, True], True, 1),
+        ([False, True], "false", 0),
+    ],
+)
+def test_a_whole_number_is_one_label_however_it_is_written(pieces: Tokenizer, labels: list[object], label: object, number: int) -> None:
+    task = SequenceClassification.model_validate({"labels": labels})
+    (example,) = encoded([{"text": "see", "label": label}], task, pieces, "things")
+    assert example.target == number
+
+
+@pytest.mark.parametrize("label", [None, float("nan")])
+def test_a_missing_label_is_no_label_of_that_name(pieces: Tokenizer, label: object) -> None:
+    task = SequenceClassification(labels=["None", "nan"])
+    with pytest.raises(errors.DataRefusal, match="row 2 of 'things' has no label in 'label'"):
+        encoded([{"text": "see", "label": "None"}, {"text": "see", "label": label}], task, pieces, "things")
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"body": "a secret", "label": "red"}, "no column 'text', only body, label"),
         ({"text": "see", "label": "a secret"}, "row 1 of 'things' has a label that is none of the plan's labels (blue, green, red)"),
         ({"text": None, "label": "red"}, "no text in 'text', but NoneType"),
+        ({"text": "a secret \ud83d", "label": "red"}, "row 1 of 'things' has half of a character in 'text'"),
     ],
 )
 def test_rows_that_do_not_fit_the_task_are_refused_without_quoting_them(pieces: Tokenizer, row: dict[str, object], words: str) -> None:
