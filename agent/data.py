@@ -4,26 +4,31 @@ than counts and column names, and no message quotes a value.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from agent.readers import READERS, Row, Unreadable
 from protocol import errors
 from protocol.messages import Dataset
 from protocol.strict import Strict, mistakes
 
 FILE = "datasets.toml"
-Row = Mapping[str, object]
+LONGEST_NAME = 64  # characters, in the first line of a CSV file
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
+Numbered = tuple[int, Row]  # a row and its number: the first that is read of a file is 1
 
 
 class Part(StrEnum):
@@ -53,6 +58,17 @@ class Source(Strict):
             raise ValueError(f"held_out = {self.held_out:g} is no share between 0 and 1; a file is named in quotes")
         return self
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Source:
+        if len(set(self.columns.values())) < len(self.columns):
+            raise ValueError("columns gives two columns the same name")
+        return self
+
+    def named(self, row: Row) -> Row:
+        """A row with its columns as plans call them. What only happens to have the name of a mapped column is left out."""
+        taken = self.columns.values()
+        return {self.columns.get(name, name): value for name, value in row.items() if name in self.columns or name not in taken}
+
 
 SOURCES = TypeAdapter(dict[Annotated[str, Field(max_length=128)], Source])
 
@@ -64,24 +80,24 @@ class Catalogue:
     sources: Mapping[str, Source] = field(default_factory=dict)
     folder: Path = Path()
 
-    def rows(self, alias: str, part: Part) -> Iterator[Row]:
-        """One part's rows, one at a time, with the columns named as plans name them. The two parts share no row.
+    def rows(self, alias: str, part: Part) -> Iterator[Numbered]:
+        """One part's rows and their numbers, one at a time, with the columns named as plans name them. The two parts share no row.
 
         Raises DataRefusal if there is no such data set or it cannot be read.
         """
         source = self.source(alias)
-        rows: Iterable[Row]
+        rows: Iterable[Numbered]
         if isinstance(source.held_out, float):
             below, _ = _divided(alias, source, self._read(alias, source, source.path, source.split))
             every = self._read(alias, source, source.path, source.split)
-            rows = (row for row in every if (_lot(source, row) < below) == (part is Part.held_out))
+            rows = ((n, row) for n, row in every if (_lot(source, row) < below) == (part is Part.held_out))
         elif part is Part.train:
             rows = self._read(alias, source, source.path, source.split)
         elif source.held_out is None:
             raise errors.DataRefusal(f"{alias!r} keeps no rows back for evaluation; set held_out in {FILE}", alias=alias)
         else:
             rows = self._read(alias, source, source.path if source.format == "hub" else source.held_out, source.held_out)
-        return ({source.columns.get(name, name): value for name, value in row.items()} for row in rows)
+        return ((n, source.named(row)) for n, row in rows)
 
     def source(self, alias: str) -> Source:
         """A data set's description. Raises DataRefusal, naming those that there are."""
@@ -108,14 +124,13 @@ class Catalogue:
     def describe(self, alias: str) -> Dataset:
         """Counts and column names: all that the coordinator is told. Reads the whole data set once. Raises DataRefusal."""
         source = self.source(alias)
-        count, columns = 0, dict[str, None]()
+        count, kept, columns = 0, 0, dict[str, None]()
 
-        def counted() -> Iterator[Row]:
+        def counted() -> Iterator[Numbered]:
             nonlocal count
-            for row in self._read(alias, source, source.path, source.split):
-                count += 1
-                columns.update(dict.fromkeys(source.columns.get(name, name) for name in row))
-                yield row
+            for count, row in self._read(alias, source, source.path, source.split):
+                columns.update(dict.fromkeys(source.named(row)))
+                yield count, row
 
         if isinstance(source.held_out, float):
             _, kept = _divided(alias, source, counted())
@@ -124,29 +139,59 @@ class Catalogue:
         if not count:
             raise errors.DataRefusal(f"{alias!r} has no rows", alias=alias)
         if isinstance(source.held_out, float):
-            return Dataset(train=count - kept, held_out=kept, columns=list(columns))
-        kept = 0 if source.held_out is None else sum(1 for _ in self.rows(alias, Part.held_out))
-        return Dataset(train=count, held_out=kept, columns=list(columns))
+            count -= kept
+        elif source.held_out is not None:
+            kept = sum(1 for _ in self.rows(alias, Part.held_out))
+        try:
+            return Dataset(train=count, held_out=kept, columns=list(columns))
+        except ValidationError:
+            raise errors.DataRefusal(
+                f"{alias!r} has {len(columns)} columns; no more than 1,000 can be told, with names in Unicode of at most 256 characters",
+                alias=alias,
+            ) from None
 
     def _file(self, path: str) -> Path:
         return self.folder / Path(path).expanduser()
 
-    def _read(self, alias: str, source: Source, path: str, split: str) -> Iterator[Row]:
+    def _read(self, alias: str, source: Source, path: str, split: str) -> Iterator[Numbered]:
+        n = 0
+        row: Row = {}
+        missing = list(source.columns)
         try:
             rows = _hub(source, split) if source.format == "hub" else READERS[source.format](self._file(path))
-            for count, row in enumerate(rows):
-                if count == source.max_rows:
-                    return
-                yield row
-        except (OSError, ValueError, csv.Error) as error:
+            for n, row in enumerate(islice(rows, source.max_rows), start=1):
+                if n == 1 and source.format == "csv" and any(map(_no_name, row.keys() - source.columns.keys())):
+                    raise Unreadable(
+                        "its first line has to name the columns, with commas between them, but what stands there is a number, has "
+                        f"more than {LONGEST_NAME} characters, or a line break or tab; add a line of names, or map it in columns"
+                    )
+                missing = [name for name in missing if name not in row]
+                if missing and source.format != "jsonl":  # whose rows need not be alike
+                    break
+                yield n, row
+        except Unreadable as error:
+            raise errors.DataRefusal(f"{alias!r}: {path}: {error}", alias=alias) from error
+        except (OSError, ValueError, ArithmeticError, TypeError, RecursionError) as error:
             # The reader's own words may quote a row, so only the kind of the error is told.
             why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read as {source.format} ({type(error).__name__})"
             raise errors.DataRefusal(f"{alias!r}: {path} {why}; mend the file or its entry in {FILE}", alias=alias) from error
         except ImportError as error:
             raise errors.DataRefusal(f"{alias!r} needs the package {error.name}; pip install it", alias=alias) from error
+        if missing and n:
+            raise errors.DataRefusal(
+                f"{alias!r}: {path} has no column {missing[0]!r}, only {', '.join(list(row)[:20])}; mend columns in {FILE}",
+                alias=alias,
+                column=missing[0],
+                known=list(row)[:20],
+            )
 
 
-def _divided(alias: str, source: Source, rows: Iterable[Row]) -> tuple[float, int]:
+def _no_name(name: str) -> bool:
+    """Whether this stands in a first line that rather is a row. Names are told to the coordinator, rows are not."""
+    return len(name) > LONGEST_NAME or CONTROL.search(name) is not None or NUMBER.fullmatch(name) is not None
+
+
+def _divided(alias: str, source: Source, rows: Iterable[Numbered]) -> tuple[float, int]:
     """Rows whose lot is below the first number are kept back; and how many these are: at least one, never all.
 
     Raises DataRefusal for rows of which no part can be kept back.
@@ -155,7 +200,7 @@ def _divided(alias: str, source: Source, rows: Iterable[Row]) -> tuple[float, in
     share, count, kept = source.held_out, 0, 0
     first, second, last = math.inf, math.inf, -math.inf  # the least two lots and the largest; equal rows have the same
     firsts, lasts = 0, 0
-    for lot in (_lot(source, row) for row in rows):
+    for lot in (_lot(source, row) for _, row in rows):
         count, kept = count + 1, kept + (lot < share)
         if lot <= first:
             firsts = firsts + 1 if lot == first else 1
@@ -178,33 +223,6 @@ def _lot(source: Source, row: Row) -> float:
     """What a row drew in [0, 1): of its content and the seed alone, so that no other row's coming or going moves it."""
     text = json.dumps(row, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(f"{source.seed}/{text}".encode(), digest_size=7).digest()) / 2**56
-
-
-def _jsonl(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("a line is no JSON object")
-                yield row
-
-
-def _csv(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines, strict=True):
-            yield {name: value for name, value in row.items() if isinstance(name, str)}
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
-
-
-READERS = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
 
 
 def _hub(source: Source, split: str) -> Iterable[Row]:  # pragma: no cover: needs the hub's package and a network

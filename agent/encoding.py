@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
-from agent.data import Row
+from agent.readers import Row
 from protocol import errors
 from protocol.plan import CausalLM, SequenceClassification, Task
 
+log = structlog.get_logger("agent")
+
+WHOLE = re.compile(r"([+-]?[0-9]+)\.0")  # a whole number as it is written where a column has numbers or nothing
 IGNORED = -100  # the label that cross-entropy leaves out
 MULTIPLE = 8  # batches are padded to a multiple of this: fewer shapes for the kernels to prepare for
 
@@ -53,16 +59,24 @@ class Batch:
     weight: int  # rows, or learned tokens
 
 
-def encode(rows: Iterable[Row], task: Task, tokenizer: Tokenizer, alias: str) -> list[Example]:
+def encode(rows: Iterable[tuple[int, Row]], task: Task, tokenizer: Tokenizer, alias: str) -> list[Example]:
     """All rows of use. Texts longer than the task allows are cut; a row of which nothing remains to be learned is left out.
 
-    Raises DataRefusal for a missing column, a text that is none, an unknown label, or where no row is of use.
+    rows: with the numbers that refusals name them by.
+    Raises DataRefusal for a missing column, a text that is none, a missing or unknown label, or where no row is of use.
     """
     encoded: Callable[[Row, int], Example | None]
     encoded = _Classified(task, tokenizer, alias) if isinstance(task, SequenceClassification) else _Continued(task, tokenizer, alias)
-    examples = [example for n, row in enumerate(rows, start=1) if (example := encoded(row, n)) is not None]
+    examples, left_out = list[Example](), 0
+    for n, row in rows:
+        if (example := encoded(row, n)) is not None:
+            examples.append(example)
+        else:
+            left_out += 1
     if not examples:
         raise errors.DataRefusal(f"{alias!r} has no row of which anything can be learned", alias=alias)
+    if left_out:
+        log.warning("rows-left-out", data=alias, rows=left_out, kept=len(examples), why="the prompt fills max_length")
     return examples
 
 
@@ -70,12 +84,14 @@ class _Classified:
     def __init__(self, task: SequenceClassification, tokenizer: Tokenizer, alias: str) -> None:
         self.task, self.tokenizer, self.alias = task, tokenizer, alias
         self.numbers = {label: n for n, label in enumerate(task.labels)}
+        self.numbers = {_whole(label): n for label, n in self.numbers.items()} | self.numbers
 
     def __call__(self, row: Row, n: int) -> Example:
         text = _text(row, self.task.text, n, self.alias)
         pair = None if self.task.text_pair is None else _text(row, self.task.text_pair, n, self.alias)
-        label = _label(_value(row, self.task.label, self.alias))
-        if label not in self.numbers:
+        label = _label(row, self.task.label, n, self.alias)
+        number = self.numbers.get(label, self.numbers.get(_whole(label)))
+        if number is None:
             raise errors.DataRefusal(
                 f"row {n} of {self.alias!r} has a {self.task.label} that is none of the plan's labels ({', '.join(self.task.labels[:20])})",
                 alias=self.alias,
@@ -84,7 +100,7 @@ class _Classified:
             )
         found = self.tokenizer(text, pair, truncation=True, max_length=self.task.max_length)
         segments = found.get("token_type_ids")
-        return Example(array("i", found["input_ids"]), array("i", segments) if segments else None, self.numbers[label])
+        return Example(array("i", found["input_ids"]), array("i", segments) if segments else None, number)
 
 
 class _Continued:
@@ -109,11 +125,12 @@ class _Continued:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
 
-def _value(row: Row, column: str, alias: str) -> object:
+def _value(row: Row, column: str, n: int, alias: str) -> object:
     if column not in row:
         raise errors.DataRefusal(
-            f"{alias!r} has no column {column!r}, only {', '.join(row)}; map one in its columns",
+            f"row {n} of {alias!r} has no column {column!r}, only {', '.join(row)}; map one in its columns",
             alias=alias,
+            row=n,
             column=column,
             known=list(row),
         )
@@ -121,17 +138,30 @@ def _value(row: Row, column: str, alias: str) -> object:
 
 
 def _text(row: Row, column: str, n: int, alias: str) -> str:
-    value = _value(row, column, alias)
+    value = _value(row, column, n, alias)
     if not isinstance(value, str):
         raise errors.DataRefusal(f"row {n} of {alias!r} has no text in {column!r}, but {type(value).__name__}", alias=alias, row=n)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a character, which no tokenizer takes
+        raise errors.DataRefusal(f"row {n} of {alias!r} has half of a character in {column!r}; mend it", alias=alias, row=n) from None
     return value
 
 
-def _label(value: object) -> str:
-    """A label as plans write it: 1 and 1.0 are "1", true is "true"."""
+def _label(row: Row, column: str, n: int, alias: str) -> str:
+    """A label as plans write it: 1 and 1.0 are "1", true is "true". Raises DataRefusal where there is none."""
+    value = _value(row, column, n, alias)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise errors.DataRefusal(f"row {n} of {alias!r} has no label in {column!r}; add it, or remove the row", alias=alias, row=n)
     if isinstance(value, bool):
         return str(value).lower()
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _whole(label: str) -> str:
+    """1.0 as 1; any other label as it is."""
+    found = WHOLE.fullmatch(label)
+    return found[1] if found else label
 
 
 def collate(examples: Sequence[Example], task: Task, pad: int, device: torch.device) -> Batch:

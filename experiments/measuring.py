@@ -69,7 +69,7 @@ def _encoded(part: Part, task: Task, tokenizer: Tokenizer) -> dict[str, list[Exa
     found: dict[str, list[Example]] = {kind: [] for kind in sorted(set(part.kinds))}
     for source in dict.fromkeys(part.sources):
         own = [n for n, name in enumerate(part.sources) if name == source]
-        examples = encode([part.rows[n] for n in own], task, tokenizer, source)
+        examples = encode(enumerate((part.rows[n] for n in own), start=1), task, tokenizer, source)
         # A language model's rows may be left out, and so have no number of their own; but there every source is a kind.
         kinds = [source] * len(examples) if task.kind == "causal-lm" else [part.kinds[n] for n in own]
         for kind, example in zip(kinds, examples, strict=True):

@@ -72,7 +72,8 @@ class SequenceClassification(Strict):
     @field_validator("labels", mode="before")
     @classmethod
     def _texts(cls, labels: object) -> object:
-        return [str(x) if isinstance(x, int) else x for x in labels] if isinstance(labels, list) else labels
+        """Numbers and truths as agents read them in rows: true is "true"."""
+        return [str(x).lower() if isinstance(x, int) else x for x in labels] if isinstance(labels, list) else labels
 
     @field_validator("labels")
     @classmethod

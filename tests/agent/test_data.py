@@ -42,7 +42,8 @@ def write(folder: Path, format: str, name: str = "rows", rows: list[dict[str, ob
 def test_rows_come_in_order_with_columns_named_as_plans_name_them(tmp_path: Path, format: str) -> None:
     name = write(tmp_path, format)
     catalogue = home(tmp_path, f'[reviews]\nformat = "{format}"\npath = "{name}"\ncolumns = {{ body = "text" }}\n')
-    rows = list(catalogue.rows("reviews", Part.train))
+    numbers, rows = zip(*catalogue.rows("reviews", Part.train), strict=True)
+    assert numbers == tuple(range(1, 21))
     assert [row["text"] for row in rows] == [f"text {n}" for n in range(20)]
     assert [str(row["stars"]) for row in rows] == [str(n % 3) for n in range(20)]
 
@@ -57,7 +58,7 @@ def test_a_held_out_file_is_the_held_out_part(tmp_path: Path, format: str) -> No
 
 
 def parts(catalogue: Catalogue) -> tuple[list[object], list[object]]:
-    return tuple([row["body"] for row in catalogue.rows("reviews", part)] for part in (Part.train, Part.held_out))  # type: ignore[return-value]  # two parts
+    return tuple([row["body"] for _, row in catalogue.rows("reviews", part)] for part in (Part.train, Part.held_out))  # type: ignore[return-value]  # two parts
 
 
 def test_a_held_out_share_is_disjoint_and_the_same_every_time(tmp_path: Path) -> None:
@@ -89,6 +90,12 @@ def test_equal_rows_are_on_the_same_side(tmp_path: Path) -> None:
     assert len(train) + len(kept) == 2 * len(ROWS)
 
 
+def test_rows_of_both_parts_have_the_numbers_that_they_have_in_the_file(tmp_path: Path) -> None:
+    catalogue = home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\nheld_out = 0.25\n')
+    found = [(n, row) for part in Part for n, row in catalogue.rows("reviews", part)]
+    assert sorted(found, key=lambda numbered: numbered[0]) == list(enumerate(ROWS, start=1))
+
+
 @pytest.mark.parametrize(("share", "kept"), [(0.001, 1), (0.999, 19)])
 def test_a_share_keeps_back_at_least_one_row_and_never_all(tmp_path: Path, share: float, kept: int) -> None:
     catalogue = home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\nheld_out = {share}\n')
@@ -99,14 +106,14 @@ def test_no_more_than_max_rows_are_read(tmp_path: Path) -> None:
     catalogue = home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\nmax_rows = 6\nheld_out = 0.5\n')
     found = catalogue.describe("reviews")
     assert (found.train + found.held_out, found.columns) == (6, ["body", "stars"])
-    assert {row["body"] for part in Part for row in catalogue.rows("reviews", part)} == {f"text {n}" for n in range(6)}
+    assert {row["body"] for part in Part for _, row in catalogue.rows("reviews", part)} == {f"text {n}" for n in range(6)}
 
 
 def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"body": "first"}\nthis is no JSON\n')
     catalogue = home(tmp_path, '[reviews]\nformat = "jsonl"\npath = "rows.jsonl"\n')
     rows = catalogue.rows("reviews", Part.train)
-    assert next(rows) == {"body": "first"}
+    assert next(rows) == (1, {"body": "first"})
     with pytest.raises(errors.DataRefusal):
         next(rows)
 
@@ -116,6 +123,7 @@ def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
     [
         (b'{"body": "a secret"\n', "cannot be read as jsonl (JSONDecodeError)"),
         (b'["a secret"]\n', "cannot be read as jsonl (ValueError)"),
+        (b'{"a secret": ' + b"[" * 100_000, "cannot be read as jsonl (RecursionError)"),
         (b'{"body": "\xff a secret"}\n', "cannot be read as jsonl (UnicodeDecodeError)"),
         (b"", "has no rows"),
     ],
@@ -169,12 +177,116 @@ def test_one_row_cannot_be_shared_however_often_it_stands_there(tmp_path: Path, 
         ('[reviews]\nformat = "xml"\npath = "x"\n', "reviews.format"),
         ('[reviews]\nformat = "csv"\npath = "x"\nheldout = 0.1\n', "reviews.heldout"),
         ('[reviews]\nformat = "csv"\npath = "x"\nheld_out = 1\n', "no share between 0 and 1"),
+        ('[reviews]\nformat = "csv"\npath = "x"\ncolumns = { a = "text", b = "text" }\n', "columns gives two columns the same name"),
     ],
 )
 def test_a_catalogue_that_makes_no_sense_is_refused_with_the_place(tmp_path: Path, toml: str, words: str) -> None:
     with pytest.raises(errors.DataRefusal) as refused:
         home(tmp_path, toml)
     assert words in refused.value.detail
+
+
+def columns(folder: Path, format: str, content: str, mapping: str) -> Catalogue:
+    (folder / f"rows.{format}").write_text(content)
+    return home(folder, f'[reviews]\nformat = "{format}"\npath = "rows.{format}"\ncolumns = {{ {mapping} }}\n')
+
+
+@pytest.mark.parametrize("header", ["clean,text", "text,clean"])
+def test_a_mapped_column_displaces_one_that_has_its_name(tmp_path: Path, header: str) -> None:
+    first, second = header.split(",")
+    catalogue = columns(tmp_path, "csv", f"{header},label\n{first} words,{second} words,1\n", 'clean = "text"')
+    assert list(catalogue.rows("reviews", Part.train)) == [(1, {"text": "clean words", "label": "1"})]
+    assert sorted(catalogue.describe("reviews").columns) == ["label", "text"]
+
+
+def test_columns_may_change_places(tmp_path: Path) -> None:
+    catalogue = columns(tmp_path, "csv", "a,b\nfirst,second\n", 'a = "b", b = "a"')
+    assert list(catalogue.rows("reviews", Part.train)) == [(1, {"b": "first", "a": "second"})]
+
+
+@pytest.mark.parametrize(
+    ("format", "content"),
+    [("csv", "text,clean\na secret,words\n"), ("jsonl", '{"text": "a secret", "clean": "words"}\n{"clean": "words", "text": "more"}\n')],
+)
+def test_a_mapping_of_a_column_that_is_not_there_is_refused(tmp_path: Path, format: str, content: str) -> None:
+    catalogue = columns(tmp_path, format, content, 'claen = "text"')
+    for read in (lambda: catalogue.describe("reviews"), lambda: list(catalogue.rows("reviews", Part.train))):
+        with pytest.raises(errors.DataRefusal, match=r"has no column 'claen', only (text, clean|clean, text); mend columns in") as refused:
+            read()
+        assert "secret" not in refused.value.detail
+
+
+def test_a_row_without_the_mapped_column_does_not_fall_back_to_another(tmp_path: Path) -> None:
+    """Rows of JSON need not be alike; but the text of one never stands in for the text that was asked for."""
+    content = '{"text": "raw"}\n{"text": "raw", "clean": "words"}\n'
+    catalogue = columns(tmp_path, "jsonl", content, 'clean = "text"')
+    assert [row for _, row in catalogue.rows("reviews", Part.train)] == [{}, {"text": "words"}]
+    assert catalogue.describe("reviews") == Dataset(train=2, columns=["text"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("text,label\nfine,0\na secret, with a comma,1\n", "the fields of row 2 are 3, those of the first line 2"),
+        ("text,label\n\na secret\n", "the fields of row 1 are 1, those of the first line 2"),
+        ("text,label,text\na secret,1,another\n", "two columns have the same name in its first line"),
+        ('text,label\nfine,0\n"a secret,1\n', "row 2 cannot be read as csv (unexpected end of data)"),
+        ("text,label\n" + "secret" * 30_000 + ",1\n", "give texts of more than 131,072 characters as jsonl"),
+        ('"a secret', "the first line cannot be read as csv"),
+    ],
+)
+def test_a_csv_file_that_would_lose_text_is_refused_with_the_row(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(errors.DataRefusal) as refused:
+        home(tmp_path, '[reviews]\nformat = "csv"\npath = "rows.csv"\n').describe("reviews")
+    assert words in refused.value.detail
+    assert "secret" not in refused.value.detail
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label,,\nwords,1,,\n")
+    catalogue = home(tmp_path, '[reviews]\nformat = "csv"\npath = "rows.csv"\n')
+    assert list(catalogue.rows("reviews", Part.train)) == [(1, {"text": "words", "label": "1", "": ""})]
+
+
+@pytest.mark.parametrize("first", ["a secret,1", "secret " * 10 + ",no", '"a secret\nof two lines",no', "a secret\tno"])
+def test_a_csv_file_without_names_tells_no_row_in_their_place(tmp_path: Path, first: str) -> None:
+    (tmp_path / "rows.csv").write_text(first + "\n" + first + "\n")
+    catalogue = home(tmp_path, '[reviews]\nformat = "csv"\npath = "rows.csv"\n')
+    for read in (lambda: catalogue.describe("reviews"), lambda: list(catalogue.rows("reviews", Part.train))):
+        with pytest.raises(errors.DataRefusal, match="its first line has to name the columns") as refused:
+            read()
+        assert "secret" not in refused.value.detail
+
+
+def test_a_strange_name_is_one_where_the_owner_gives_it_another(tmp_path: Path) -> None:
+    asked = "What did you like, and what did you not like, about your stay with us?"
+    catalogue = columns(tmp_path, "csv", f'"{asked}",7\nwords,1\n', f'"{asked}" = "text", 7 = "label"')
+    assert catalogue.describe("reviews") == Dataset(train=1, columns=["text", "label"])
+
+
+@pytest.mark.parametrize("row", [{"k" * 257: 1}, {f"k{n}": 1 for n in range(1001)}, {"\ud83d": 1}])
+def test_columns_that_cannot_be_told_are_refused(tmp_path: Path, row: dict[str, object]) -> None:
+    name = write(tmp_path, "jsonl", rows=[row])
+    with pytest.raises(errors.DataRefusal, match=r"has \d+ columns; no more than 1,000 can be told"):
+        home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{name}"\n').describe("reviews")
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, format: str) -> None:
+    name = write(tmp_path, format)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    described = home(tmp_path, f'[reviews]\nformat = "{format}"\npath = "{name}"\n').describe("reviews")
+    assert described == Dataset(train=20, columns=["body", "stars"])
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [(pa.array([2**60], pa.timestamp("us")), "OverflowError"), (pa.array([1], pa.timestamp("us", "No/Where")), "Arrow")]
+)
+def test_a_value_that_cannot_be_read_is_a_refusal(tmp_path: Path, values: pa.Array, kind: str) -> None:
+    parquet.write_table(pa.table({"text": ["words"], "at": values}), tmp_path / "rows.parquet")
+    with pytest.raises(errors.DataRefusal, match=rf"cannot be read as parquet \({kind}"):
+        home(tmp_path, '[reviews]\nformat = "parquet"\npath = "rows.parquet"\n').describe("reviews")
 
 
 def test_a_device_without_a_catalogue_has_no_data(tmp_path: Path) -> None:

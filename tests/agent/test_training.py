@@ -176,7 +176,7 @@ def test_an_evaluation_measures_what_peft_computes_with_the_pulled_adapter(tmp_p
     outcome = do(tmp_path, make_job(model, kind=JobKind.evaluate, task=task), model)
 
     losses, hits, count = 0.0, 0, 0
-    for row in catalogue(tmp_path).rows("things", Part.held_out):
+    for _, row in catalogue(tmp_path).rows("things", Part.held_out):
         if isinstance(task, CausalLM):
             before = tokenizer(row[task.prompt])["input_ids"] if task.prompt else []
             after = [*tokenizer(row[task.text], add_special_tokens=task.prompt is None)["input_ids"], tokenizer.eos_token_id]

@@ -64,7 +64,7 @@ def test_an_agent_reads_what_a_department_writes(tmp_path: Path) -> None:
     catalogue = data.load(tmp_path)
     described = catalogue.describe(departments.ALIAS)
     assert (described.train, described.held_out, described.columns) == (2, 1, ["text", "text_pair", "label"])
-    assert list(catalogue.rows(departments.ALIAS, data.Part.held_out)) == [{"text": "kept back", "text_pair": "so", "label": "yes"}]
+    assert list(catalogue.rows(departments.ALIAS, data.Part.held_out)) == [(1, {"text": "kept back", "text_pair": "so", "label": "yes"})]
 
 
 def write(file: Path, rows: list[dict[str, object]]) -> None:

@@ -179,7 +179,7 @@ async def test_the_pulled_adapter_measures_what_the_federation_measured(
         run = [run async for run in found.run(plan)][-1]
         archive = await found.adapter(run.id, rank=4)
         first, last = [safetensors.torch.load(await found.tensors(run.id, round, 4)) for round in (0, 3)]
-        held_out = [row for agent in device.fleet(fleet) for row in agent.catalogue.rows("things", Part.held_out)]
+        held_out = [row for agent in device.fleet(fleet) for _, row in agent.catalogue.rows("things", Part.held_out)]
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         packed.extractall(tmp_path / "adapter")
 
