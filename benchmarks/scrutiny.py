@@ -12,7 +12,7 @@ from benchmarks.damage import COMPACT, EXPECTED, LARGEST, LAYOUT, SIZES, given
 from coordinator import problems
 from coordinator.reading import SliceReader, open_file
 from protocol import errors
-from protocol.checks import check_change, check_finite, check_header
+from protocol.checks import check_change, check_finite, check_full, check_header
 from protocol.contents import read_header
 from protocol.slices import Factors, decode, unpack
 
@@ -62,7 +62,9 @@ def _counts(trained: SliceReader) -> None:
         return factors
 
     for name, shape in LAYOUT.full.items():
-        check_finite(name, trained.trained_full(name, partial(torch.zeros, shape)))
+        old = torch.zeros(shape)
+        new = trained.trained_full(name, partial(torch.zeros, shape))
+        assert math.isfinite(check_full(name, [(new.reshape(-1), old.reshape(-1))], expected.wire)), "a change without a norm would count"
     assert math.isfinite(check_change(sent, given, expected)), "a change without a norm would count"
 
 

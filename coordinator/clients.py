@@ -52,8 +52,9 @@ def revoke_enrolment(session: Session, id: str) -> None:
 def enrol(session: Session, enrolment_id: str, request: Enrol, now: datetime) -> Enrolled:
     """Make a client, and take one use from the enrolment token in the same statement that checks it.
 
-    Who asks again with the key of a client that this token made gets its answer again. Raises EnrolmentOver, NameTaken.
+    Who asks again with the key of a client that this token made gets its answer again. Raises InvalidProfile, EnrolmentOver, NameTaken.
     """
+    request.profile.check_extent()
     secret = request.key or access.new_secret(access.Kind.client)
     session.get_one(Enrolment, enrolment_id, with_for_update=True)  # whoever asks twice at once is answered twice the same
     again = (Client.enrolment_id == enrolment_id, Client.name == request.name, Client.digest == access.digest(secret))
@@ -105,7 +106,8 @@ def itself(session: Session, id: str) -> ClientSelf:
 
 
 def set_profile(session: Session, id: str, profile: Profile, now: datetime) -> ClientSelf:
-    """Replace a client's profile. A device that refused a run is asked again after this."""
+    """Replace a client's profile. A device that refused a run is asked again after this. Raises InvalidProfile."""
+    profile.check_extent()
     client = get(session, id)
     client.profile = profile.model_dump(mode="json")
     client.profiled_at = client.last_seen = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from protocol.slices import Factors, decode, seen
 LARGEST_HEADER = 32 << 20  # bytes; the largest layout that a plan can have needs less
 FIRST = 1 << 16  # bytes of a blob with which its header comes in one request, unless there are hundreds of modules
 AHEAD = 8  # contributions that are read at the same time, from far
-BLOCK = 1 << 18  # bytes of a tensor that are looked at in one go
+BLOCK = 1 << 14  # numbers of a tensor that are looked at in one go, twice: as they are and as they were
 Read = Callable[[int, int], bytearray]  # bytes start … stop − 1
 
 
@@ -62,16 +63,23 @@ class SliceReader:
         sent = self._tensors(f"full/{name}")
         return sent[f"full/{name}"] if len(sent) == 1 else _restored(sent, f"full/{name}", start())
 
-    def check_full(self, name: str, start: Callable[[], Tensor]) -> None:
-        """Look at one fully trained tensor of a trained slice, a block at a time. Raises NonFiniteSlice, and as `trained_full`."""
-        entry = self.header.entries.get(f"full/{name}")
-        if entry is None or entry.dtype == WIRE_NAMES[Dtype.int8]:
-            check_finite(f"full/{name}", self.trained_full(name, start))
+    def full_blocks(self, name: str, start: SliceReader) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same flat, (n,), with what it was in the slice that was handed out, a block at a time; where it came as int8, in one.
+
+        The header was checked. Raises what `trained_factors` raises.
+        """
+        if self.header.entries[f"full/{name}"].dtype != WIRE_NAMES[Dtype.int8]:
+            yield from zip(self._blocks(f"full/{name}"), start._blocks(f"full/{name}"), strict=True)
             return
-        for first in range(entry.start, entry.stop, BLOCK):
-            last = min(first + BLOCK, entry.stop)
-            numbers = replace(entry, shape=(-1,), start=first, stop=last)
-            check_finite(f"full/{name}", seen(memoryview(self.read(first, last)), numbers))
+        old = start.full(name)
+        yield self.trained_full(name, lambda: old).reshape(-1), old.reshape(-1)
+
+    def _blocks(self, name: str) -> Iterator[Tensor]:
+        entry = self.header.entries[name]
+        step = BLOCK * ((entry.stop - entry.start) // math.prod(entry.shape))  # bytes
+        for first in range(entry.start, entry.stop, step):
+            last = min(first + step, entry.stop)
+            yield seen(memoryview(self.read(first, last)), replace(entry, shape=(-1,), start=first, stop=last))
 
     def _tensors(self, *names: str) -> dict[str, Tensor]:
         """These tensors, and the scales of those that have some; neighbours in one read."""

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import binascii
 import hashlib
+import math
 import os
 import re
 import tempfile
@@ -220,7 +221,10 @@ def check_digest(spooled: Spooled, announced: str | None) -> None:
 
 
 def check(spooled: Spooled, wanted: Upload, blobs: Blobs) -> float:
-    """‖change‖_F of a slice that may count. Raises the kind of InvalidSlice that says why it may not."""
+    """‖change‖_F of a slice that may count, over modules and fully trained tensors.
+
+    Raises the kind of InvalidSlice that says why it may not.
+    """
     expected, given = wanted.expected, open_slice(blobs, wanted.expected.base)
 
     @lru_cache(maxsize=1)  # a module is asked for once as it was and, for what did not travel, once as it is
@@ -236,9 +240,8 @@ def check(spooled: Spooled, wanted: Upload, blobs: Blobs) -> float:
             return found
 
         checks.check_header(trained.header, expected)
-        for name in expected.layout.full:
-            trained.check_full(name, partial(given.full, name))
-        norm = checks.check_change(new, old, expected)
+        whole = sum(checks.check_full(name, trained.full_blocks(name, given), expected.wire) for name in expected.layout.full)
+        norm = math.hypot(checks.check_change(new, old, expected), math.sqrt(whole))
     if wanted.bound is not None and norm > wanted.bound:
         raise errors.ExcessiveChange(f"the change's norm is {norm:.6g}; the plan allows {wanted.bound:g}", norm=norm, bound=wanted.bound)
     return norm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,22 @@ def change_energy(new: Factors, scale: float, old: Factors, old_scale: float) ->
 def direction_energy(factors: Factors) -> float:
     """Σ ‖bᵢ‖² ‖aᵢ‖²: what the directions would hold if none of them met another, in float64."""
     return float(factors.b.double().square().sum(dim=0).dot(factors.a.double().square().sum(dim=1)))
+
+
+def check_full(name: str, blocks: Iterable[tuple[Tensor, Tensor]], wire: Dtype) -> float:
+    """‖t − t₀‖²_F in float64 of a fully trained tensor, which comes in blocks (n,), each with what it was.
+
+    Raises NonFiniteSlice; ExcessiveChange where a number is beyond half of the wire's largest: a mean of numbers within can be
+    handed out, and the other half is for what the tensor is already where contributions are buffered, which add their change to it.
+    """
+    energy, largest = 0.0, torch.finfo(TORCH_DTYPES[wire]).max / 2
+    for new, old in blocks:
+        check_finite(f"full/{name}", new)
+        if not (size := float(new.abs().max())) <= largest:
+            raise errors.ExcessiveChange(f"full/{name} holds a number of size {size:.6g}; slices in {wire} can hold {largest:.6g}")
+        change = new.double().sub_(old)
+        energy += float(change.dot(change))
+    return energy
 
 
 def check_change(load_new: Callable[[str], Factors], load_old: Callable[[str], Factors], expected: Expected) -> float:

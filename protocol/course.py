@@ -77,9 +77,14 @@ class Evaluation(Strict):
 
 
 class NormBound(Strict):
-    """A limit on ‖s b a − s₀ b₀ a₀‖_F over all modules of one contribution."""
+    """A limit on the norm of one contribution's change, √(Σ ‖s b a − s₀ b₀ a₀‖²_F + Σ ‖t − t₀‖²_F), over all that was trained of it.
 
-    bound: float = Field(gt=0, description="the largest norm that a contribution's change may have")
+    b a are a module's factors, t the tensors kept whole, such as a head.
+    """
+
+    bound: float = Field(
+        gt=0, description="the largest norm that a contribution's change may have, over its modules and the tensors kept whole"
+    )
     action: Literal["clip", "reject"] = Field(
         default="clip", description="clip: what is larger counts as if it were as large; reject: not at all"
     )

@@ -3,7 +3,7 @@
 HLoRAError
 ├── InvalidRequest            the body or a parameter is not what the route takes
 │   ├── InvalidPlan             a plan that could never be carried out
-│   ├── InvalidProfile          a profile that contradicts itself
+│   ├── InvalidProfile          a profile that contradicts itself, or says too much
 │   └── InvalidResult           counts or metrics that cannot be true
 ├── Unauthenticated           no credential, or one that nobody issued or that was revoked
 ├── Forbidden                 the credential is good, its role is not
@@ -92,7 +92,7 @@ class InvalidPlan(InvalidRequest):
 
 
 class InvalidProfile(InvalidRequest):
-    """The profile contradicts itself."""
+    """The profile contradicts itself, or says more than a profile may."""
 
 
 class InvalidResult(InvalidRequest):

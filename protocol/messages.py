@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from protocol import errors
 from protocol.course import Training
 from protocol.plan import Adapter, Dtype, Float, Layout, Model, Sides, Task
 from protocol.states import ClientState, JobKind, JobState
@@ -19,6 +20,10 @@ Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Epoch = Annotated[int, Field(ge=1, lt=2**53, description="of the lease under which this is said")]
 Labels = Annotated[dict[str, str], Field(max_length=64)]
+
+
+MOST_COLUMNS = 2_000  # names of all data sets of a profile together
+LONGEST_PROFILE = 1 << 16  # bytes of all that is text in it
 
 
 class Dataset(Strict):
@@ -55,6 +60,23 @@ class Profile(Strict):
     datasets: dict[Annotated[str, Field(max_length=128)], Dataset] = Field(default={}, max_length=1000)
     limits: Limits = Limits()
     software: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=64)]] = Field(default={}, max_length=32)
+
+    def check_extent(self) -> None:
+        """Raise InvalidProfile where it says more than a coordinator can read again whenever it looks who can work.
+
+        It is asked before a profile is sent, and where one comes in; what was taken before there was a bound is still read.
+        """
+        advice = "offer fewer data sets (`data` in policy.toml), or files with fewer columns"
+        columns = [name for dataset in self.datasets.values() for name in dataset.columns]
+        if len(columns) > MOST_COLUMNS:
+            raise errors.InvalidProfile(
+                f"the profile names {len(columns):,} columns of {len(self.datasets):,} data sets; at most {MOST_COLUMNS:,} may be: {advice}"
+            )
+        words = [self.device, *self.datasets, *columns, *(self.limits.models or ()), *self.software, *self.software.values()]
+        if (size := sum(len(word.encode()) for word in words)) > LONGEST_PROFILE:
+            raise errors.InvalidProfile(
+                f"the profile's names and patterns have {size:,} bytes together; at most {LONGEST_PROFILE:,} may be: {advice}"
+            )
 
 
 class Enrol(Strict):

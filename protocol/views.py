@@ -55,7 +55,7 @@ class JobView(Strict):
     slice: BlobRef | None
     examples: int | None
     weight: float | None = Field(description="share of the merged sum")
-    change_norm: float | None = Field(description="‖change‖_F over all modules")
+    change_norm: float | None = Field(description="‖change‖_F over all modules and the tensors kept whole")
     counted_in: int | None = Field(default=None, description="the round that it was merged into: a later one where rounds are buffered")
     staleness: int | None = Field(default=None, description="versions published between its start and its merge; none while not merged")
     max_steps: int | None = Field(default=None, description="optimiser steps to which the job was cut so that it meets its deadline")

@@ -186,7 +186,9 @@ def steps_within(plan: Plan, candidate: Candidate, rank: int, seconds: float) ->
     wanted, room = plan.training.steps(examples(plan, candidate)), SAFETY * seconds - link
     if link + step > seconds:
         return 0
-    return wanted if wanted * step <= room else max(1, int(room / step))
+    if room < step:  # where a client says that its link takes all of the room, and a step next to nothing, the quotient has no end
+        return 1
+    return wanted if wanted * step <= room else min(wanted, int(room / step))
 
 
 def needs(plan: Plan, candidate: Candidate, rank: int) -> str:

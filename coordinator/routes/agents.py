@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["agents"])
 HELD = (errors.NotFound, errors.StaleLease, errors.JobOver)
 
 
-@router.post("/clients", status_code=201, responses=documented(*COMMON, errors.EnrolmentOver, errors.NameTaken))
+@router.post("/clients", status_code=201, responses=documented(*COMMON, errors.InvalidProfile, errors.EnrolmentOver, errors.NameTaken))
 def enrol(body: Enrol, caller: Newcomer, parts: Parts) -> Enrolled:
     """Redeem an enrolment token with a name and a profile; the credential is told this once."""
     with parts.database.write() as session:
@@ -35,7 +35,7 @@ def whoami(caller: Device, parts: Parts) -> ClientSelf:
         return clients.itself(session, caller.client)
 
 
-@router.put("/clients/me/profile", responses=documented(*COMMON))
+@router.put("/clients/me/profile", responses=documented(*COMMON, errors.InvalidProfile))
 def set_profile(body: Profile, caller: Device, parts: Parts) -> ClientSelf:
     """Replace the profile. A run that this device refused is offered to it again."""
     with parts.database.write() as session:

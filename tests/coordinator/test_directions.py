@@ -118,7 +118,7 @@ async def test_an_evaluation_is_of_the_slice_and_trains_nothing(small: Federatio
         assert job.slice == (await small.admin.round(run, 0)).slices[job.rank]
 
 
-async def test_the_norm_of_a_change_is_that_of_the_trained_directions(small: Federation) -> None:
+async def test_the_norm_of_a_change_is_that_of_the_trained_directions_and_the_head(small: Federation) -> None:
     run, devices, jobs = await small.training(plan_of("rotating"))
     job = jobs[0]
     start = slices.unpack(await devices[0].blob(job.slice.digest))
@@ -128,6 +128,7 @@ async def test_the_norm_of_a_change_is_that_of_the_trained_directions(small: Fed
     for module, new in trained.factors.items():
         old = start.factors[module].of(job.directions)
         energy += float((job.scale * (new.b.double() @ new.a.double() - old.b.double() @ old.a.double())).square().sum())
+    energy += sum(float((new.double() - start.full[name].double()).square().sum()) for name, new in trained.full.items())
     assert (await small.admin.job(run, job)).change_norm == pytest.approx(energy**0.5, rel=1e-5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
@@ -179,6 +180,46 @@ async def test_a_profile_that_cannot_be_true_is_refused_and_the_old_one_stays(sm
 
     assert isinstance(refusal(response), errors.InvalidRequest)
     assert (await device.whoami()).json()["profile"] == PROFILE
+
+
+WIDE = {str(n): {"train": 1, "columns": [f"{m}" for m in range(1000)]} for n in range(3)}
+EXCESSIVE: dict[str, tuple[str, dict[str, Any]]] = {
+    "columns": ("names 3,000 columns of 3 data sets; at most 2,000", {"datasets": WIDE}),
+    "names of data sets": ("have [0-9,]+ bytes together; at most 65,536", {"datasets": {f"{n:0128}": {"train": 1} for n in range(600)}}),
+    "names of columns": ("have [0-9,]+ bytes", {"datasets": {"texts": {"train": 1, "columns": ["я" * 200] * 200}}}),
+    "patterns": ("have [0-9,]+ bytes", {"limits": {"models": ["я" * 512] * 100}}),
+}
+
+
+@pytest.mark.parametrize("what", EXCESSIVE)
+async def test_a_profile_that_says_more_than_is_read_at_every_look_is_refused_with_what_to_do(small: Federation, what: str) -> None:
+    """Each of its parts is as long as it may be by itself; all of it was read for every client whenever a round drew clients."""
+    why, changes = EXCESSIVE[what]
+    device, invitation = await small.enrol("device"), await small.admin.invite()
+    profile = PROFILE | changes
+
+    told = [
+        refusal(await device.call("PUT", "/v1/clients/me/profile", json=profile)),
+        refusal(await Caller(small.http, invitation.token).call("POST", "/v1/clients", json={"name": "new", "profile": profile})),
+    ]
+
+    for error in told:
+        assert type(error) is errors.InvalidProfile
+        assert re.search(why, error.detail), error.detail
+        assert "offer fewer data sets" in error.detail
+        assert error.detail.isprintable()
+    assert (await device.whoami()).json()["profile"] == PROFILE
+    left = {found.id: found.uses_left for found in (await small.admin.get("/v1/enrolments", Page[EnrolmentView])).items}
+    assert left[invitation.id] == 1
+
+
+async def test_a_profile_of_as_many_columns_as_may_be_is_taken(small: Federation) -> None:
+    device = await small.enrol("device")
+    profile = make_profile(datasets={name: WIDE[name] for name in ("0", "1")})
+
+    await device.put_profile(profile)
+
+    assert (await device.whoami()).json()["profile"] == profile.model_dump(mode="json")
 
 
 async def test_text_with_nul_is_kept_or_refused_but_never_a_defect(federation: Federation) -> None:

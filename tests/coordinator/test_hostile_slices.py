@@ -168,7 +168,8 @@ async def test_no_size_of_a_change_keeps_a_round_of_others_from_being_published(
 
 async def test_a_change_that_no_slice_could_hold_is_refused(small: Federation) -> None:
     run, (device, *_), (job, *_) = await small.training(make_plan(wire="float16"))
-    start = grown(slices.unpack(await device.blob(job.slice.digest)), 6e4)
+    given = slices.unpack(await device.blob(job.slice.digest))
+    start = replace(grown(given, 6e4), full=given.full)
 
     with pytest.raises(errors.ExcessiveChange, match="slices in float16 can hold 65504"):
         await device.put_slice(job, slices.pack(moved(start, job, size=0), job.layout, job.wire))
@@ -215,17 +216,23 @@ async def test_a_change_within_the_bound_counts_whole(small: Federation) -> None
 
 @pytest.mark.parametrize("strategy", ["delta", "hlora"])
 async def test_a_change_beyond_the_plans_bound_is_clipped_to_it(small: Federation, strategy: str) -> None:
-    """Round 1 starts from W = 0 and has one contribution, so that ‖W₁‖_F is the clipped norm itself."""
+    """Round 1 starts from W = 0 and has one contribution, so that ‖W₁‖² and its head's change are the clipped norm's square itself."""
     plan = make_plan(strategy={"name": strategy}, norm={"bound": 0.01}, cohort={"target": 1, "quorum": 1}, rounds=1)
     run, (device,), (job,) = await small.training(plan, count=1)
+    started = slices.unpack(await device.blob(job.slice.digest)).full
 
     await device.complete(job)
     small.tick()
 
     view = await small.admin.round(run, 1)
+    assert view.adapter is not None
     assert view.jobs[0].change_norm is not None
     assert view.jobs[0].change_norm > 0.01
-    assert sum(energy.total for energy in view.energy.values()) ** 0.5 == pytest.approx(0.01, rel=1e-4)
+    published = slices.unpack(small.parts.blobs.read(view.adapter.digest)).full
+    head = sum(float((published[name] - tensor).double().square().sum()) for name, tensor in started.items())
+    modules = sum(energy.total for energy in view.energy.values())
+    assert (modules + head) ** 0.5 == pytest.approx(0.01, rel=1e-4)
+    assert head > 0
 
 
 # --- mutations ----------------------------------------------------------------------------------------------------------

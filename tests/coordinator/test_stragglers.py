@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator import sizes
 from coordinator.counting import suspects
 from protocol import errors
 from protocol.messages import Job, Profile, Result, Usage
@@ -67,6 +68,18 @@ async def test_what_the_last_job_measured_decides_the_next_ones_steps(small: Fed
     small.tick()
 
     assert (await device.take()).training.max_steps == 9  # of 300 s each in 2880 s
+
+
+async def test_no_measurement_of_its_own_keeps_a_client_from_its_next_job(small: Federation) -> None:
+    """A step of next to no time, on a link that leaves none of the share that may be planned: a number of steps without end."""
+    device = await small.enrol("odd", make_profile(train=80))
+    plan = make_plan(cohort=ALONE, times=HOUR, evaluation=UNMEASURED)
+    await small.open(plan)
+    usage = Usage(step_seconds=1e-320, download_bytes=sizes.start_bytes(plan, 4), download_seconds=3240)
+    await device.complete(await device.take(), usage=usage.model_dump(mode="json"))
+    small.tick()
+
+    assert (await device.take()).training.max_steps == 1
 
 
 async def test_a_job_for_which_no_time_is_left_is_not_handed_out_and_somebody_else_is_asked(federation: Federation) -> None:

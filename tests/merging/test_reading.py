@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coordinator.blobs import Blobs
-from coordinator.reading import StoredFactors, open_file, open_slice
+from coordinator.reading import BLOCK, StoredFactors, open_file, open_slice
 from protocol import errors
 from protocol.compact import trained_parts
 from protocol.contents import Label, read_header
@@ -133,3 +133,21 @@ def test_int8_entries_in_any_place_are_read(tmp_path: Path) -> None:
     found = shuffled.trained_factors("block.v", lambda: start.factors["block.v"])
     assert torch.equal(found.a, expected.a)
     assert torch.equal(found.b, expected.b)
+
+
+@pytest.mark.parametrize("uploads", [Dtype.float32, Dtype.bfloat16, Dtype.int8])
+def test_a_tensor_kept_whole_comes_in_blocks_with_what_it_was(uploads: Dtype, tmp_path: Path) -> None:
+    """Blocks are of numbers, for those of the two slices may have different sizes; the last one is what is left."""
+    layout = LAYOUT.model_copy(update={"full": {"head.weight": (3, 100_000)}})
+    start, new = (Slice(make_slice().label, make_slice().factors, {"head.weight": rand(3, 100_000, seed=seed)}) for seed in (5, 6))
+    blobs = Blobs.open(tmp_path.as_uri())
+    given = open_slice(blobs, blobs.put(pack(start, layout, Dtype.float16)).digest)
+    old = given.full("head.weight")
+    sent = b"".join(trained_parts(new, Slice(start.label, start.factors, {"head.weight": old}), layout, uploads))
+    (tmp_path / "spooled").write_bytes(sent)
+    with open_file(tmp_path / "spooled") as spooled:
+        blocks = [(x.clone(), x0.clone()) for x, x0 in spooled.full_blocks("head.weight", given)]
+        whole = spooled.trained_full("head.weight", lambda: old)
+    assert [len(x) for x, _ in blocks] == ([300_000] if uploads is Dtype.int8 else [BLOCK] * (300_000 // BLOCK) + [300_000 % BLOCK])
+    assert torch.equal(torch.cat([x for x, _ in blocks]), whole.reshape(-1))
+    assert torch.equal(torch.cat([x0 for _, x0 in blocks]), old.reshape(-1))
