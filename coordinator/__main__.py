@@ -140,16 +140,21 @@ def backup(folder: Folder) -> None:
 
 
 @app.command()
-def restore(folder: Folder) -> None:
+def restore(
+    folder: Folder,
+    incomplete: Annotated[bool, typer.Option("--incomplete", help="put SQLite's database in place also where blobs are lost")] = False,
+) -> None:
     """Put a backup into an empty database and a store of blobs, before serve. Overwrites nothing.
 
     The settings say where to. What was not finished when the backup was made goes on when the coordinator is started.
+    Exit code 1 where a blob that the rows need is lost; SQLite's database is then not put in place, and the command may be repeated.
     """
     from coordinator import backup
     from coordinator.blobs import Blobs
 
     settings = _settings()
-    _report(backup.restore(settings.database, Blobs.open(settings.blobs), folder, settings.spool_folder, _teller()))
+    blobs = Blobs.open(settings.blobs)
+    _report(backup.restore(settings.database, blobs, folder, settings.spool_folder, _teller(), incomplete=incomplete))
 
 
 def _report(done: Copied) -> None:
