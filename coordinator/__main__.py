@@ -41,13 +41,13 @@ def serve(
     Any number may share one PostgreSQL and one store of blobs; a SQLite file serves one.
     """
     from coordinator import app as application
-    from coordinator import database, schema, server
+    from coordinator import database, logs, schema, server
     from protocol import crash
 
     settings = _settings()
     chosen: dict[str, object] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=chosen)
-    _configure_logs(settings)
+    logs.configure(settings.log_json)
     if settings.crash_at is not None:
         crash.arm(settings.crash_at)
     with database.claimed(settings.database):
@@ -238,23 +238,6 @@ def _teller() -> Callable[[str], None]:
             typer.echo(text, err=True)
 
     return tell
-
-
-def _configure_logs(settings: Settings) -> None:
-    import structlog
-
-    # Plain traces: the prettier ones show every frame's values, and with them callers' secrets.
-    text = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
-    last = structlog.processors.JSONRenderer() if settings.log_json else text
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info if settings.log_json else structlog.processors.StackInfoRenderer(),
-            last,
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _greet(database: str, settings: Settings) -> None:
