@@ -53,7 +53,7 @@ def serve(
     with database.claimed(settings.database):
         schema.migrate(settings.database)
         parts = application.build(settings)
-        _greet(parts.database.engine.url.render_as_string(), settings)
+        _greet(database.place(parts.database.engine.url), settings)
         server.serve(application.create_app(parts), settings, before_exit=parts.bell.close)
 
 

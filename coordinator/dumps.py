@@ -104,10 +104,11 @@ def _postgres(url: str, program: str, *words: str) -> None:
         raise errors.Unavailable(f"{program} is not on the PATH; install PostgreSQL's client programs, as new as the server")
     where = make_url(url).set(drivername="postgresql")
     with tempfile.NamedTemporaryFile("w", prefix="hlora-") as file:  # readable by its owner only, as the programs want it
-        if where.password is not None:
-            file.write("*:*:*:*:" + where.password.replace("\\", "\\\\").replace(":", "\\:"))
+        password = where.normalized_query.get("password", (where.password,))[-1]  # an option counts more than what is before the @
+        if password is not None:
+            file.write("*:*:*:*:" + password.replace("\\", "\\\\").replace(":", "\\:"))
             file.flush()
-            where = where.set(password=None).update_query_dict({"passfile": file.name})
+            where = where.set(password=None).difference_update_query(["password"]).update_query_dict({"passfile": file.name})
         place = where.render_as_string(hide_password=False)
         done = subprocess.run([program, *words, f"--dbname={place}"], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -386,3 +388,21 @@ def test_a_password_in_the_url_is_no_obstacle(postgres_url: str, tmp_path: Path)
     url = make_url(postgres_url).set(password="a:b\\c").render_as_string(hide_password=False)
 
     said(url, tmp_path, "backup", tmp_path / "backup")
+
+
+@pytest.mark.postgres
+def test_a_password_among_the_urls_options_stands_in_no_list_of_processes(postgres_url: str, tmp_path: Path) -> None:
+    """A program in the place of pg_dump tells how it was called, and goes on as pg_dump."""
+    url = make_url(postgres_url).update_query_dict({"password": "s3cret"}).render_as_string(hide_password=False)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    steps = [f'printf "%s\\n" "$@" > {tmp_path}/called', f"cat {tempfile.gettempdir()}/hlora-* > {tmp_path}/file"]
+    (programs / "pg_dump").write_text("\n".join(["#!/bin/sh", *steps, f'exec {shutil.which("pg_dump")} "$@"', ""]))
+    (programs / "pg_dump").chmod(0o700)
+
+    result = command(url, tmp_path, "backup", tmp_path / "backup", PATH=f"{programs}:{os.environ['PATH']}")
+
+    assert result.exit_code == 0, result.exception
+    assert "passfile=" in (tmp_path / "called").read_text()
+    assert "s3cret" not in (tmp_path / "called").read_text()
+    assert "*:*:*:*:s3cret" in (tmp_path / "file").read_text()

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 from typer.testing import CliRunner
 
 from coordinator import schema
 from coordinator.__main__ import app
 from coordinator.app import build
-from coordinator.database import open_engine
+from coordinator.database import open_engine, place
 from coordinator.settings import Settings
 from protocol import errors
 from tests.federation import Operator, open_federation
@@ -87,12 +88,28 @@ def test_a_wrong_setting_is_named_as_the_environment_names_it(tmp_path: Path, se
 
 
 WRONG = ["sqlite://", "sqlite:///:memory:", "mysql://localhost/x", "nonsense", "", "oracle://x", "postgresql+asyncpg://x/y"]
+WRONG += ["postgresql://hlora:s3cret@db:54x2/hlora"]
 
 
 @pytest.mark.parametrize("url", WRONG)
 def test_a_database_that_cannot_be_used_is_refused_with_those_that_can(url: str) -> None:
     with pytest.raises(errors.InvalidRequest, match=r"sqlite:///FILE or postgresql://"):
         open_engine(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://hlora:s3cret@db:5433/hlora", "postgresql+psycopg://db:5433/hlora"),
+        ("postgresql://db/hlora?user=hlora&password=s3cret&sslmode=require", "postgresql+psycopg://db/hlora"),
+        ("postgresql:///hlora?host=/run/postgresql&passfile=/run/secret", "postgresql+psycopg:///hlora"),
+        ("sqlite:////srv/hlora-data/hlora.sqlite", "sqlite:////srv/hlora-data/hlora.sqlite"),
+    ],
+)
+def test_the_log_says_which_database_and_never_its_password(url: str, said: str) -> None:
+    engine = open_engine(url) if url.startswith("postgresql") else None
+
+    assert place(engine.url if engine else make_url(url)) == said
 
 
 @pytest.mark.parametrize("change", [{"executor": "magic://2"}, {"blobs_url": "ftp://x"}, {"executor": "threads://0"}])
