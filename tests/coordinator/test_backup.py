@@ -358,11 +358,12 @@ def test_a_log_that_another_database_left_behind_is_not_played_into_a_restored_o
 
 
 @pytest.mark.parametrize("kind", ["sqlite"])
-def test_a_backup_needs_a_folder_of_its_own(url: str, tmp_path: Path) -> None:
-    result = command(url, tmp_path / "data", "backup", tmp_path / "data")
+@pytest.mark.parametrize("data", ["data", "my data"])
+def test_a_backup_needs_a_folder_of_its_own(url: str, data: str, tmp_path: Path) -> None:
+    result = command(url, tmp_path / data, "backup", tmp_path / data)
 
     assert "a backup needs a folder of its own" in str(result.exception)
-    assert not (tmp_path / "data" / "database.sqlite").exists()
+    assert not (tmp_path / data / "database.sqlite").exists()
 
 
 @pytest.mark.postgres

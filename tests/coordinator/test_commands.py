@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from coordinator import schema
 from coordinator.__main__ import app
 from coordinator.app import build
+from coordinator.blobs import Blobs
 from coordinator.database import open_engine, place
 from coordinator.settings import Settings
 from protocol import errors
@@ -110,6 +111,28 @@ def test_the_log_says_which_database_and_never_its_password(url: str, said: str)
     engine = open_engine(url) if url.startswith("postgresql") else None
 
     assert place(engine.url if engine else make_url(url)) == said
+
+
+@pytest.mark.parametrize("name", ["my data", "a%41b", "größer", "a#b?c", "\udcff"])
+def test_whatever_the_data_folder_is_called_the_blobs_lie_in_it(name: str, tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path / name)
+
+    blobs = Blobs.open(settings.blobs)
+
+    assert (tmp_path / name / "blobs" / blobs.put(b"here").digest.replace(":", "/")).read_bytes() == b"here"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert blobs.url == (tmp_path / name / "blobs").as_uri()
+
+
+def test_blobs_that_an_earlier_version_put_beside_the_data_folder_are_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "aAb" / "blobs").mkdir(parents=True)
+    settings = Settings(data=tmp_path / "a%41b")
+
+    with pytest.raises(errors.Conflict, match="move that folder to"):
+        build(settings)
+    (tmp_path / "a%41b").mkdir(exist_ok=True)
+    (tmp_path / "aAb" / "blobs").rename(tmp_path / "a%41b" / "blobs")
+    assert settings.blobs == (tmp_path / "a%41b" / "blobs").as_uri()
 
 
 @pytest.mark.parametrize("change", [{"executor": "magic://2"}, {"blobs_url": "ftp://x"}, {"executor": "threads://0"}])
