@@ -72,23 +72,18 @@ def token(
     role: Annotated[Role, typer.Option(help="admin may do everything, viewer may read")] = Role.admin,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
 ) -> None:
-    """Make an operator's token and print it, this once."""
+    """Make an operator's token and print it, this once. The database must be there: serve makes it, or migrate."""
     from pydantic import ValidationError
 
-    from coordinator import access, schema
-    from coordinator.database import Database
+    from coordinator import access
     from protocol.views import TokenRequest
 
-    settings = _settings()
-    schema.migrate(settings.database)
     try:
         request = TokenRequest(name=name, role=role)
     except ValidationError as error:
         raise errors.InvalidRequest(f"the name: {error.errors()[0]['msg']}") from None
-    database = Database(settings.database)
-    with database.write() as session:
+    with _existing(_settings()) as database, database.write() as session:
         made = access.make_token(session, request, database.clock(session))
-    database.close()
     typer.echo(json.dumps(made.model_dump(mode="json")) if as_json else made.token)
 
 
@@ -215,7 +210,9 @@ def _existing(settings: Settings) -> Iterator[Database]:
 
     file = sqlite_file(settings.database)
     if file is not None and not file.exists():
-        raise errors.NotFound(f"there is no database {file}; is HLORA_COORDINATOR_DATA the coordinator's?")
+        raise errors.NotFound(
+            f"there is no database {file}; is this the coordinator's folder, or HLORA_COORDINATOR_DATA? serve makes a new one"
+        )
     if not schema.is_current(settings.database):
         raise errors.Conflict(
             "the database has not this program's schema: run python -m coordinator migrate, or the program that it belongs to"

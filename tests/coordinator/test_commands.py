@@ -38,6 +38,7 @@ def call(folder: Path, *words: str) -> str:
 
 
 async def test_a_token_is_printed_once_and_works_beside_a_running_coordinator(tmp_path: Path) -> None:
+    call(tmp_path, "migrate")
     secret = call(tmp_path, "token", "ops")
     made = json.loads(call(tmp_path, "token", "wall", "--role", "viewer", "--json"))
 
@@ -47,6 +48,31 @@ async def test_a_token_is_printed_once_and_works_beside_a_running_coordinator(tm
             assert (await Operator(federation.http, token).call("POST", "/v1/enrolments", json={})).status_code == 201
         assert (made["name"], made["role"], made["revoked"]) == ("wall", "viewer", False)
         assert (await Operator(federation.http, made["token"]).call("POST", "/v1/enrolments", json={})).status_code == 403
+
+
+def test_a_token_is_not_made_where_no_coordinator_would_know_it(tmp_path: Path) -> None:
+    done = run(tmp_path / "elsewhere", "token", "ops")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: there is no database {tmp_path}/elsewhere/hlora.sqlite")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_database_of_a_newer_program_is_refused_in_one_line(tmp_path: Path) -> None:
+    call(tmp_path, "migrate")
+    engine = open_engine(f"sqlite:///{tmp_path}/hlora.sqlite")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("update alembic_version set version_num = '9999'")
+    engine.dispose()
+
+    for command in ("migrate", "serve"):
+        done = run(tmp_path, command)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            done.stderr
+            == "error: the database has the schema of a newer program: run that one, or go back to a backup that was made before it\n"
+        )
 
 
 def test_migrating_makes_the_database_current_and_says_its_revision(tmp_path: Path) -> None:
