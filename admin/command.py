@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from admin.client import Client
 from admin.settings import Settings
+from admin.words import printable
 from protocol import errors
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
@@ -28,7 +29,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except errors.HLoRAError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
             raise typer.Exit(1) from None
 
 
@@ -75,16 +76,16 @@ def answer(value: BaseModel | Sequence[BaseModel], as_json: bool, words: Rendera
         plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else [item.model_dump(mode="json") for item in value]
         typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
     else:
-        console().print(words)
+        console().print("\n".join(map(printable, words.split("\n"))) if isinstance(words, str) else words)
 
 
 def table(*columns: str, rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
     """A plain table; what does not fit is folded and never cut off."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(printable(column), justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(printable, row))
     return made
 
 
@@ -95,5 +96,5 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in pairs:
         if value:
-            made.add_row(name, value)
+            made.add_row(printable(name), printable(value))
     return made

@@ -30,13 +30,15 @@ def screen(now: Snapshot, trouble: str | None = None) -> RenderableType:
     current = current_jobs(now)
     parts: list[RenderableType] = [_head(now), "", _rounds(past)]
     parts += ["", _jobs(current)] if current else []
-    parts += ["", Text(trouble, "red")] if trouble else []
+    parts += ["", Text(words.printable(trouble), "red")] if trouble else []
     return Group(*parts)
 
 
 def _head(now: Snapshot) -> RenderableType:
     run, left = now.run, now.remaining_seconds()
-    title = Text.assemble((run.name, "bold"), "  ", (run.state, STYLES[run.state]), f": {run.reason}" if run.reason else "")
+    title = Text.assemble(
+        (run.name, "bold"), "  ", (run.state, STYLES[run.state]), f": {words.printable(run.reason)}" if run.reason else ""
+    )
     standing = f"round {run.round} of {run.rounds}"
     standing += f", about {words.duration(left)} left" if left and run.state is RunState.running else ""
     bar = Table.grid(padding=(0, 2, 0, 0))
@@ -55,12 +57,14 @@ def _table(*columns: str, right: Sequence[str] = ()) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         # Where the screen is narrow the last column gives way, and it alone.
-        made.add_column(column, justify="right" if column in right else "left", overflow="ellipsis", no_wrap=column != columns[-1])
+        made.add_column(
+            words.printable(column), justify="right" if column in right else "left", overflow="ellipsis", no_wrap=column != columns[-1]
+        )
     return made
 
 
 def _elastic(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="ellipsis")
+    return Text(words.printable(text), no_wrap=True, overflow="ellipsis")
 
 
 def _rounds(rounds: Sequence[RoundSummary]) -> RenderableType:
@@ -86,7 +90,12 @@ def _jobs(jobs: list[JobView]) -> RenderableType:
         progress = job.progress
         loss = "" if progress is None or progress.loss is None else f"{progress.loss:.4g}"
         made.add_row(
-            job.client_name, job.kind, Text(job.state, STYLES[job.state]), _bar(job), loss, _elastic(job.reason or job.rank.reason)
+            words.printable(job.client_name),
+            job.kind,
+            Text(job.state, STYLES[job.state]),
+            _bar(job),
+            loss,
+            _elastic(job.reason or job.rank.reason),
         )
     return made
 
@@ -98,17 +107,17 @@ def _bar(job: JobView) -> RenderableType:
     if job.state is not JobState.leased or job.progress is None:
         return ""
     if not job.progress.steps:
-        return job.progress.phase
+        return words.printable(job.progress.phase)
     return ProgressBar(total=job.progress.steps, completed=job.progress.step, width=12)
 
 
 def line(change: Change) -> str | None:
     """A change as one line; None for one that is only progress within a job."""
     if change.run is not None:
-        return _run_line(change.run)
+        return words.printable(_run_line(change.run))
     if change.summary is not None:
-        return _round_line(change.summary)
-    return None if change.job is None or change.kind == "progress" else _job_line(change.job, change.round)
+        return words.printable(_round_line(change.summary))
+    return None if change.job is None or change.kind == "progress" else words.printable(_job_line(change.job, change.round))
 
 
 def _run_line(run: RunView) -> str:

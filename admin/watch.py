@@ -15,6 +15,7 @@ from admin.command import connect, console
 from admin.following import Change, Snapshot, changes, look
 from admin.naming import Run, run_id
 from admin.screen import line, screen
+from admin.words import printable
 from protocol import errors
 from protocol.states import RunState
 
@@ -57,7 +58,7 @@ class Lines:
                 typer.echo(said)
         self._before = now
         if trouble is not None:
-            typer.echo(trouble, err=True)
+            typer.echo(printable(trouble), err=True)
 
 
 def follow(client: Client, run: str, show: Show, interval: float, sleep: Callable[[float], None] = time.sleep) -> Snapshot:

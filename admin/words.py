@@ -1,9 +1,14 @@
-"""Numbers and times as people read them."""
+"""Numbers, times and what others wrote, as people read them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
+
+
+def printable(text: str) -> str:
+    """A text of somebody else's on one line: what is no character to be seen as `ascii()` shows it, so that no terminal obeys it."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def size(count: float) -> str:

@@ -84,6 +84,7 @@ def serving(folder: Path, url: str, server: Path | None = None, **settings: str)
         **told,
     }
     command = [sys.executable, "-m", "coordinator"]
+    subprocess.run([*command, "migrate"], env=environment, capture_output=True, check=True, timeout=START_SECONDS)
     made = subprocess.run(
         [*command, "token", "benchmark", "--json"], env=environment, capture_output=True, check=True, timeout=START_SECONDS
     )

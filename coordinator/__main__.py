@@ -41,19 +41,19 @@ def serve(
     Any number may share one PostgreSQL and one store of blobs; a SQLite file serves one.
     """
     from coordinator import app as application
-    from coordinator import database, schema, server
+    from coordinator import database, logs, schema, server
     from protocol import crash
 
     settings = _settings()
     chosen: dict[str, object] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = settings.model_copy(update=chosen)
-    _configure_logs(settings)
+    logs.configure(settings.log_json)
     if settings.crash_at is not None:
         crash.arm(settings.crash_at)
     with database.claimed(settings.database):
         schema.migrate(settings.database)
         parts = application.build(settings)
-        _greet(parts.database.engine.url.render_as_string(), settings)
+        _greet(database.place(parts.database.engine.url), settings)
         server.serve(application.create_app(parts), settings, before_exit=parts.bell.close)
 
 
@@ -72,23 +72,18 @@ def token(
     role: Annotated[Role, typer.Option(help="admin may do everything, viewer may read")] = Role.admin,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
 ) -> None:
-    """Make an operator's token and print it, this once."""
+    """Make an operator's token and print it, this once. The database must be there: serve makes it, or migrate."""
     from pydantic import ValidationError
 
-    from coordinator import access, schema
-    from coordinator.database import Database
+    from coordinator import access
     from protocol.views import TokenRequest
 
-    settings = _settings()
-    schema.migrate(settings.database)
     try:
         request = TokenRequest(name=name, role=role)
     except ValidationError as error:
         raise errors.InvalidRequest(f"the name: {error.errors()[0]['msg']}") from None
-    database = Database(settings.database)
-    with database.write() as session:
+    with _existing(_settings()) as database, database.write() as session:
         made = access.make_token(session, request, database.clock(session))
-    database.close()
     typer.echo(json.dumps(made.model_dump(mode="json")) if as_json else made.token)
 
 
@@ -140,16 +135,21 @@ def backup(folder: Folder) -> None:
 
 
 @app.command()
-def restore(folder: Folder) -> None:
+def restore(
+    folder: Folder,
+    incomplete: Annotated[bool, typer.Option("--incomplete", help="put SQLite's database in place also where blobs are lost")] = False,
+) -> None:
     """Put a backup into an empty database and a store of blobs, before serve. Overwrites nothing.
 
     The settings say where to. What was not finished when the backup was made goes on when the coordinator is started.
+    Exit code 1 where a blob that the rows need is lost; SQLite's database is then not put in place, and the command may be repeated.
     """
     from coordinator import backup
     from coordinator.blobs import Blobs
 
     settings = _settings()
-    _report(backup.restore(settings.database, Blobs.open(settings.blobs), folder, settings.spool_folder, _teller()))
+    blobs = Blobs.open(settings.blobs)
+    _report(backup.restore(settings.database, blobs, folder, settings.spool_folder, _teller(), incomplete=incomplete))
 
 
 def _report(done: Copied) -> None:
@@ -210,7 +210,9 @@ def _existing(settings: Settings) -> Iterator[Database]:
 
     file = sqlite_file(settings.database)
     if file is not None and not file.exists():
-        raise errors.NotFound(f"there is no database {file}; is HLORA_COORDINATOR_DATA the coordinator's?")
+        raise errors.NotFound(
+            f"there is no database {file}; is this the coordinator's folder, or HLORA_COORDINATOR_DATA? serve makes a new one"
+        )
     if not schema.is_current(settings.database):
         raise errors.Conflict(
             "the database has not this program's schema: run python -m coordinator migrate, or the program that it belongs to"
@@ -233,23 +235,6 @@ def _teller() -> Callable[[str], None]:
             typer.echo(text, err=True)
 
     return tell
-
-
-def _configure_logs(settings: Settings) -> None:
-    import structlog
-
-    # Plain traces: the prettier ones show every frame's values, and with them callers' secrets.
-    text = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
-    last = structlog.processors.JSONRenderer() if settings.log_json else text
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info if settings.log_json else structlog.processors.StackInfoRenderer(),
-            last,
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _greet(database: str, settings: Settings) -> None:

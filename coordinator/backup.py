@@ -5,7 +5,7 @@
 
 The database is copied first: a row is written only when its blobs are there, and blobs never change. The copy gets its name
 when its blobs are complete, so whatever interrupts a backup, the one before it stays whole. Putting back goes the other way
-round, for the same reason.
+round, for the same reason; which blobs must be there, the rows say and not the folder, which may have lost some.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from coordinator import dumps, sweeping
 from coordinator.blobs import Blobs
+from coordinator.database import sqlite_file
 from coordinator.verification import READ, state
 from protocol import errors
 
@@ -33,12 +34,14 @@ class Copied:
     blobs: int = 0  # there now, every one held against its digest
     new: int = 0  # of these, copied this time
     bytes: int = 0  # of the new ones
-    lost: tuple[str, ...] = ()  # missing, or damaged, where they were to be copied from
+    lost: tuple[str, ...] = ()  # the rows need them, and they are missing, or damaged, where they were to be copied from
+    placed: bool = True  # the database is where it was to go
 
     def line(self) -> str:
         """For a person."""
         said = f"{self.database}: the database, and {self.blobs} blobs, {self.new} of them new ({self.bytes:,} bytes)"
-        return said + (f"; LOST: {', '.join(self.lost)}" if self.lost else "; all sound")
+        said += f"; LOST: {', '.join(self.lost)}" if self.lost else "; all sound"
+        return said if self.placed else f"{said}; the database was NOT put in place: complete the backup and repeat, or add --incomplete"
 
 
 def back_up(url: str, store: Blobs, folder: Path, tell: Tell) -> Copied:
@@ -63,9 +66,10 @@ def back_up(url: str, store: Blobs, folder: Path, tell: Tell) -> Copied:
     return done
 
 
-def restore(url: str, store: Blobs, folder: Path, spool: Path, tell: Tell) -> Copied:
-    """Put a backup into an empty database and a store of blobs; may be repeated until it succeeds.
+def restore(url: str, store: Blobs, folder: Path, spool: Path, tell: Tell, *, incomplete: bool = False) -> Copied:
+    """Put a backup into an empty database, at this program's schema, and a store of blobs; may be repeated until it succeeds.
 
+    Where blobs that the rows need are lost, SQLite's database stays out unless `incomplete` wants it all the same.
     Raises NotFound where the folder holds no backup of this kind of database, Conflict where there is a database already.
     """
     copy = folder / dumps.name(url)
@@ -76,10 +80,25 @@ def restore(url: str, store: Blobs, folder: Path, spool: Path, tell: Tell) -> Co
             "there is a database already, or what one left behind, and nothing is overwritten: name an empty one, or move that one away"
         )
     spool.mkdir(parents=True, exist_ok=True)
-    source = Blobs.open((folder / "blobs").absolute().as_uri())
-    done = _copy_all(source, store, {blob.digest for blob in source.digests()}, spool, tell, Copied(str(copy)))
-    dumps.read(url, copy)
+    source, file, done = Blobs.open((folder / "blobs").absolute().as_uri()), sqlite_file(url), Copied(str(copy))
+    if file is None:
+        return _restore_dump(url, copy, source, store, spool, tell, done)
+    new, needed = dumps.unpack(file, copy, sweeping.every_named)
+    done = _copy_all(source, store, needed, spool, tell, done)
+    if done.lost and not incomplete:
+        new.unlink()
+        return replace(done, placed=False)
+    new.replace(file)
     return done
+
+
+def _restore_dump(url: str, copy: Path, source: Blobs, store: Blobs, spool: Path, tell: Tell, before: Copied) -> Copied:
+    """PostgreSQL's dump says what it needs only when it is in place: first comes all that there is, then what is still missing."""
+    held = {blob.digest for blob in source.digests()}
+    done = _copy_all(source, store, held, spool, tell, before)
+    needed = dumps.read(url, copy, sweeping.every_named)
+    done = _copy_all(source, store, needed - (held - set(done.lost)), spool, tell, done)
+    return replace(done, blobs=len(needed) - len(done.lost))
 
 
 def _copy_all(source: Blobs, target: Blobs, digests: set[str], spool: Path, tell: Tell, before: Copied) -> Copied:

@@ -48,7 +48,7 @@ def open_engine(url: str) -> Engine:
 
 
 def _parsed(url: str) -> URL:
-    with suppress(ArgumentError):
+    with suppress(ArgumentError, ValueError):  # the latter for a port that is no number
         parsed = make_url(url)
         if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
             return parsed
@@ -56,6 +56,11 @@ def _parsed(url: str) -> URL:
             return parsed
     # The URL is not repeated: it may hold a password.
     raise errors.InvalidRequest("a database is sqlite:///FILE or postgresql://USER@HOST/NAME; this URL is neither")
+
+
+def place(url: URL) -> str:
+    """Where a database is, for the log: without user and options, of which a password may be one."""
+    return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
 
 
 def sqlite_file(url: str) -> Path | None:

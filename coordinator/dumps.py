@@ -16,6 +16,7 @@ from pathlib import Path
 from sqlalchemy import func, inspect, make_url, select
 from sqlalchemy.orm import Session
 
+from coordinator import schema
 from coordinator.database import Database, open_engine, sqlite_file
 from protocol import errors
 
@@ -35,25 +36,28 @@ def write(url: str, path: Path, look: Look) -> set[str]:
     if file is None:
         return _dump(url, path, look)
     _copy(file, path, "mode=ro")
-    database = Database(f"sqlite:///{path}")
-    try:
-        with database.read() as session:
-            return look(session)
-    finally:
-        database.close()
+    return _seen(f"sqlite:///{path}", look)
 
 
-def read(url: str, path: Path) -> None:
-    """Put a copy into a database that `is_empty`, whole or not at all."""
-    file = sqlite_file(url)
-    if file is None:
-        _postgres(url, "pg_restore", *OPTIONS, "--single-transaction", "--exit-on-error", str(path))
-        return
+def unpack(file: Path, path: Path, look: Look) -> tuple[Path, set[str]]:
+    """Lay a copy of SQLite beside the file that it shall become, at this program's schema; gives where, and what `look` sees in it.
+
+    Raises Conflict where the copy is of a newer program.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.new")
-    new.unlink(missing_ok=True)
+    for suffix in ("", "-wal", "-shm", "-journal"):  # of a try that was cut off
+        new.with_name(new.name + suffix).unlink(missing_ok=True)
     _copy(path, new, "immutable=1")  # it may lie where nothing can be written
-    new.replace(file)
+    schema.migrate(f"sqlite:///{new}")
+    return new, _seen(f"sqlite:///{new}", look)
+
+
+def read(url: str, path: Path, look: Look) -> set[str]:
+    """Put a dump into a PostgreSQL database that `is_empty`, whole or not at all, and at this program's schema; gives what `look` sees."""
+    _postgres(url, "pg_restore", *OPTIONS, "--single-transaction", "--exit-on-error", str(path))
+    schema.migrate(url)
+    return _seen(url, look)
 
 
 def is_empty(url: str) -> bool:
@@ -67,6 +71,15 @@ def is_empty(url: str) -> bool:
         return not inspect(engine).get_table_names()
     finally:
         engine.dispose()
+
+
+def _seen(url: str, look: Look) -> set[str]:
+    database = Database(url)
+    try:
+        with database.read() as session:
+            return look(session)
+    finally:
+        database.close()
 
 
 def _copy(file: Path, to: Path, how: str) -> None:
@@ -91,10 +104,11 @@ def _postgres(url: str, program: str, *words: str) -> None:
         raise errors.Unavailable(f"{program} is not on the PATH; install PostgreSQL's client programs, as new as the server")
     where = make_url(url).set(drivername="postgresql")
     with tempfile.NamedTemporaryFile("w", prefix="hlora-") as file:  # readable by its owner only, as the programs want it
-        if where.password is not None:
-            file.write("*:*:*:*:" + where.password.replace("\\", "\\\\").replace(":", "\\:"))
+        password = where.normalized_query.get("password", (where.password,))[-1]  # an option counts more than what is before the @
+        if password is not None:
+            file.write("*:*:*:*:" + password.replace("\\", "\\\\").replace(":", "\\:"))
             file.flush()
-            where = where.set(password=None).update_query_dict({"passfile": file.name})
+            where = where.set(password=None).difference_update_query(["password"]).update_query_dict({"passfile": file.name})
         place = where.render_as_string(hide_password=False)
         done = subprocess.run([program, *words, f"--dbname={place}"], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:

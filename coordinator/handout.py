@@ -15,10 +15,11 @@ from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol.messages import BlobRef
 from protocol.plan import Plan
-from protocol.states import ClientState, JobKind, JobState
+from protocol.states import ClientState, JobKind, JobState, RoundState, RunState
 from protocol.views import RankView
 
 GONE = (JobState.expired, JobState.released)
+STANDING = (RunState.paused, RunState.failed)  # nothing is handed out, and the run may go on
 
 
 def train(
@@ -85,37 +86,40 @@ def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: floa
 
 
 def expire(session: Session, run: Run, now: datetime) -> None:
-    """End the run's jobs whose times have run out, and those of clients that may not work any more."""
-    plan = plan_of(run)
+    """End the run's jobs whose times have run out, and those of clients that may not work any more.
+
+    While the run stands still nobody can pick a job up, and none ends because nobody did.
+    """
+    plan, standing = plan_of(run), run.state in STANDING
     silent = now - timedelta(seconds=plan.times.no_progress)
+    over = or_(
+        Job.deadline <= now,
+        Job.lease_until <= now,
+        Job.progress_at <= silent,
+        and_(Job.state == JobState.queued, Job.created_at <= silent),
+    )
     rows = session.execute(
         select(Job, Round, Client)
         .join(Round, Job.round_id == Round.id)
         .join(Client, Job.client_id == Client.id)
         .where(Round.run_id == run.id, Job.state.in_(ACTIVE))
         # Those for whom no reason below can hold are not even read: there may be thousands.
-        .where(
-            or_(
-                Client.state != ClientState.active,
-                Job.deadline <= now,
-                Job.lease_until <= now,
-                Job.progress_at <= silent,
-                and_(Job.state == JobState.queued, Job.created_at <= silent),
-            )
-        )
+        .where(or_(Client.state != ClientState.active, and_(over, Job.state != JobState.queued) if standing else over))
         .order_by(Job.client_id)
         .with_for_update(of=Job, key_share=True)  # a lease that is renewed at this moment has not ended
     )
     for job, round, client in rows:
-        ended = _overdue(job, plan, client, now)
+        ended = _overdue(job, plan, client, now, standing)
         if ended is not None and end(session, Job.id == job.id, Job.epoch == job.epoch, state=ended[0], reason=ended[1], now=now):
             events.record(session, now, f"job-{ended[0]}", run=run.id, round=round.number, client=client.name, reason=ended[1])
 
 
-def _overdue(job: Job, plan: Plan, client: Client, now: datetime) -> tuple[JobState, str] | None:
+def _overdue(job: Job, plan: Plan, client: Client, now: datetime, standing: bool) -> tuple[JobState, str] | None:
     silence = timedelta(seconds=plan.times.no_progress)
     if client.state != ClientState.active:
         return JobState.cancelled, f"the client is {client.state}"
+    if standing and job.state == JobState.queued:
+        return None
     if now >= job.deadline:
         return JobState.expired, "the job's deadline passed"
     if job.state == JobState.queued:
@@ -125,6 +129,20 @@ def _overdue(job: Job, plan: Plan, client: Client, now: datetime) -> tuple[JobSt
     if job.progress_at is not None and now - job.progress_at >= silence:
         return JobState.expired, f"no progress for {plan.times.no_progress:g} s"
     return None
+
+
+def give_time_back(session: Session, run: Run, since: datetime, now: datetime) -> None:
+    """The time since a run stood still counts for nobody who waited: its open round and its queued jobs end as much later.
+
+    What was in hand went on meanwhile, and so did its times.
+    """
+    open = select(Round).where(Round.run_id == run.id, Round.state == RoundState.open)
+    for round in session.scalars(open.with_for_update(key_share=True)):
+        round.closes_at += now - since
+    queued = select(Job).join(Round, Job.round_id == Round.id).where(Round.run_id == run.id, Job.state == JobState.queued)
+    for job in session.scalars(queued.order_by(Job.id).with_for_update(of=Job, key_share=True)):
+        stood = now - max(since, job.created_at)  # a merge that was under way may have been published, and to be measured, since
+        job.created_at, job.deadline = job.created_at + stood, job.deadline + stood
 
 
 def end(session: Session, *which: ColumnElement[bool], state: JobState, reason: str, now: datetime) -> int:

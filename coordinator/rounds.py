@@ -82,14 +82,14 @@ def _wait(
 
 def pause(session: Session, run: Run, reason: str, now: datetime) -> None:
     """Stop handing out work until an operator resumes the run."""
-    run.state, run.reason, run.waiting_since = RunState.paused, reason, None
+    run.state, run.reason, run.waiting_since = RunState.paused, reason, now
     events.record(session, now, "run-paused", run=run.id, reason=reason)
 
 
 def fail(session: Session, run: Run, reason: str, now: datetime) -> None:
     """End a running run because of something that an operator has to look at, who can then resume it."""
     if run.state == RunState.running:
-        run.state, run.reason, run.ended_at = RunState.failed, reason, now
+        run.state, run.reason, run.ended_at, run.waiting_since = RunState.failed, reason, now, now
         events.record(session, now, "run-failed", run=run.id, reason=reason)
 
 

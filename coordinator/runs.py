@@ -135,10 +135,15 @@ def pause(session: Session, id: str, now: datetime) -> Run:
 
 
 def resume(session: Session, id: str, now: datetime) -> Run:
-    """paused → running; a failed run goes on from its last published round. Raises NotFound, Conflict."""
+    """paused → running; a failed run goes on from its last published round. The time between counts for nobody who waited.
+
+    Raises NotFound, Conflict.
+    """
     run = _in(session, id, (RunState.running, RunState.paused, RunState.failed), "resume")
     if run.state != RunState.running:
-        run.state, run.reason, run.ended_at = RunState.running, None, None
+        if run.waiting_since is not None:
+            handout.give_time_back(session, run, run.waiting_since, now)
+        run.state, run.reason, run.ended_at, run.waiting_since = RunState.running, None, None, None
         session.execute(
             update(Round).where(Round.run_id == id, Round.state == RoundState.merging).values(merge_failures=0, merge_until=None)
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import unquote
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from protocol import errors
 
 
 class Settings(BaseSettings):
@@ -58,7 +61,14 @@ class Settings(BaseSettings):
 
     @property
     def blobs(self) -> str:
-        return self.blobs_url or f"file://{self.data.resolve() / 'blobs'}"
+        """The store's URL. Raises Conflict where an earlier version put the blobs elsewhere, because the folder's name has a %."""
+        if self.blobs_url:
+            return self.blobs_url
+        place = self.data.resolve() / "blobs"
+        former = Path(unquote(str(place)))
+        if former.is_dir() and not place.exists():
+            raise errors.Conflict(f"an earlier version kept the blobs of {self.data} in {former}: move that folder to {place}")
+        return place.as_uri()
 
     @property
     def spool_folder(self) -> Path:

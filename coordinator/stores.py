@@ -44,7 +44,7 @@ def open_store(url: str) -> Store:
     kind, _, place = url.partition("://")
     match kind:
         case "file" if place.startswith("/"):
-            return Folder(Path(unquote(place)))
+            return Folder(Path(unquote(place, errors="surrogateescape")))  # a name need not be text
         case "memory" if place:
             # One store per name: whoever opens the URL again in this process finds what was put.
             return Remote(_memories.setdefault(place, MemoryStore()))

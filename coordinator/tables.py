@@ -81,7 +81,7 @@ class Run(Base):
     key: Mapped[str | None] = mapped_column(String(255), unique=True)
     created_at: Mapped[datetime] = mapped_column(index=True)
     ended_at: Mapped[datetime | None]
-    waiting_since: Mapped[datetime | None]
+    waiting_since: Mapped[datetime | None]  # for clients while it is running, for an operator while it is paused or failed
 
 
 class Round(Base):

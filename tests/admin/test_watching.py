@@ -20,7 +20,7 @@ from admin.watch import PATIENCE_SECONDS, Lines, follow
 from protocol import errors
 from protocol.states import JobState, RoundState, RunState
 from tests.admin.conftest import Desk
-from tests.federation import make_plan
+from tests.federation import make_plan, make_profile
 
 Seen = list[Snapshot]
 
@@ -207,3 +207,27 @@ async def test_a_coordinator_that_is_gone_is_not_waited_for_for_ever(desk: Desk)
     with pytest.raises(errors.Unavailable, match="the cable is out"):
         await followed(desk, run, turn, client)
     assert turns >= PATIENCE_SECONDS
+
+
+OBEYED = "\x1b[2J\x1b]0;mine\x07\x9b8m"
+
+
+async def test_no_terminal_obeys_what_a_client_wrote(desk: Desk) -> None:
+    """Its machine and its data, how far it is, and why it gives its work back: on the screen, as lines, and in tables."""
+    profile = make_profile(device=f"cpu{OBEYED}", software={f"torch{OBEYED}": f"2{OBEYED}"})
+    odd = profile.model_copy(update={"datasets": profile.datasets | {OBEYED: profile.datasets["texts"]}})
+    one, two, *_ = [await desk.federation.enrol(f"device {number}", odd) for number in (1, 2, 3)]
+    run = await desk.federation.open(make_plan(evaluation={"every": 0}))
+    with desk.client() as client:
+        before = look(client, run, None)
+        body = {"epoch": 1, "phase": OBEYED, "step": 0, "steps": 0}
+        job = await one.take()
+        await one.call("POST", f"/v1/jobs/{job.id}/lease", json=body)
+        await two.give_back(await two.take(), OBEYED)
+        after = look(client, run, before)
+
+    said = [line(change) or "" for change in changes(before, after)]
+    shown = [drawn(after, OBEYED), desk.say("rounds", "show", run), desk.say("clients", "show", "device 1"), *said]
+    assert [text for text in shown if not text.replace("\n", "").isprintable()] == []
+    assert all(r"\x1b[2J\x1b]0;mine\x07\x9b8m" in text for text in shown[:3])
+    assert any(r"\x1b[2J" in text for text in said)

@@ -52,3 +52,16 @@ def test_shares_metrics_ranks_and_labels() -> None:
 @pytest.mark.parametrize(("ranks", "said"), [([8, 8], "rank 8 in 2 modules"), ([1, 8, 2], "ranks 1 to 8, 3.667 on average, in 3 modules")])
 def test_ranks_of_modules(ranks: list[int], said: str) -> None:
     assert words.spread(ranks) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("phone, größer, 电话", "phone, größer, 电话"),
+        ("\x1b]0;mine\x07", r"\x1b]0;mine\x07"),
+        ("a\nb\tc\x9b8m", r"a\nb\tc\x9b8m"),
+        ("\u202egpj", r"\u202egpj"),
+    ],
+)
+def test_what_no_terminal_shall_obey_is_shown(text: str, said: str) -> None:
+    assert words.printable(text) == said

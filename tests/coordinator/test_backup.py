@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,13 @@ import pytest
 from sqlalchemy import make_url
 from typer.testing import CliRunner, Result
 
-from coordinator import backup, dumps, retention
+from coordinator import backup, dumps, retention, schema
 from coordinator.__main__ import app
 from protocol import slices
 from protocol.messages import Job
 from protocol.states import RunState
 from protocol.views import RoundView
+from tests import test_upgrading
 from tests.coordinator.services import Service
 from tests.federation import Clock, Device, Federation, Operator, enrol, make_plan, make_profile, open_federation
 
@@ -252,6 +255,83 @@ async def test_a_blob_that_cannot_be_copied_is_named_and_everything_else_is_copi
     assert (tmp_path / "backup" / "database.sqlite").exists()
 
 
+@pytest.fixture
+async def copied(url: str, tmp_path: Path) -> str:
+    """A sound backup of a coordinator that has published round 0, in `backup`; gives the digest of a slice that its rows need."""
+    async with open_federation(url, tmp_path / "data") as federation:
+        run = (await federation.admin.create(PLAN)).id
+        federation.tick()
+        said(url, tmp_path / "data", "backup", tmp_path / "backup")
+        return (await federation.admin.round(run, 0)).slices[2].digest
+
+
+def in_backup(tmp_path: Path, digest: str) -> Path:
+    return tmp_path / "backup" / "blobs" / digest.replace(":", "/")
+
+
+@pytest.mark.parametrize("kind", ["sqlite"])
+@pytest.mark.parametrize("harm", ["lost", "damaged"])
+async def test_a_backup_that_lost_a_blob_is_not_put_in_place_until_it_is_complete(
+    copied: str, empty_url: str, harm: str, tmp_path: Path
+) -> None:
+    path = in_backup(tmp_path, copied)
+    whole = path.read_bytes()
+    path.unlink() if harm == "lost" else path.write_bytes(b"!")
+
+    result = command(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup")
+
+    assert result.exit_code == 1
+    assert f"LOST: {copied}; the database was NOT put in place" in result.stdout
+    assert dumps.is_empty(empty_url)
+    assert not list((tmp_path / "elsewhere").glob("*.new*"))
+    path.write_bytes(whole)
+    assert said(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup").endswith("all sound")
+    assert not dumps.is_empty(empty_url)
+
+
+@pytest.mark.parametrize("kind", ["sqlite"])
+async def test_who_wants_a_backup_without_what_it_lost_says_so(copied: str, empty_url: str, tmp_path: Path) -> None:
+    in_backup(tmp_path, copied).unlink()
+
+    result = command(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup", "--incomplete")
+
+    assert result.exit_code == 1
+    assert result.stdout.strip().endswith(f"LOST: {copied}")
+    assert not dumps.is_empty(empty_url)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("postgres", marks=pytest.mark.postgres)])
+async def test_a_dump_tells_what_is_lost_when_it_is_in_place(copied: str, empty_url: str, tmp_path: Path) -> None:
+    in_backup(tmp_path, copied).unlink()
+
+    result = command(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup")
+
+    assert result.exit_code == 1
+    assert "and 2 blobs, 2 of them new" in result.stdout
+    assert result.stdout.strip().endswith(f"LOST: {copied}")
+
+
+@both
+async def test_what_no_row_of_a_backup_needs_is_not_missed(copied: str, empty_url: str, tmp_path: Path) -> None:
+    """The folder only grows: what a retention policy gave up since lies there still, and may rot."""
+    in_backup(tmp_path, slices.digest(b"given up")).write_bytes(b"rotten")
+
+    assert said(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup").endswith("all sound")
+    assert in_backup(tmp_path, copied).exists()
+
+
+@both
+async def test_a_backup_of_the_release_before_is_restored_at_the_schema_of_this_one(url: str, empty_url: str, tmp_path: Path) -> None:
+    test_upgrading.lay_out(url, tmp_path / "backup")
+    copy = tmp_path / "backup" / dumps.name(url)
+    dumps.write(url, copy, lambda _: set())
+
+    assert said(empty_url, tmp_path / "elsewhere", "restore", tmp_path / "backup").endswith("all sound")
+    assert schema.is_current(empty_url)
+    run = test_upgrading.LEFT["tables"]["runs"][0]["id"]
+    assert "differs" not in said(empty_url, tmp_path / "elsewhere", "verify", run, "--round", 0)
+
+
 @both
 async def test_nothing_is_restored_over_anything(url: str, empty_url: str, tmp_path: Path) -> None:
     async with open_federation(url, tmp_path / "data") as federation:
@@ -278,11 +358,12 @@ def test_a_log_that_another_database_left_behind_is_not_played_into_a_restored_o
 
 
 @pytest.mark.parametrize("kind", ["sqlite"])
-def test_a_backup_needs_a_folder_of_its_own(url: str, tmp_path: Path) -> None:
-    result = command(url, tmp_path / "data", "backup", tmp_path / "data")
+@pytest.mark.parametrize("data", ["data", "my data"])
+def test_a_backup_needs_a_folder_of_its_own(url: str, data: str, tmp_path: Path) -> None:
+    result = command(url, tmp_path / data, "backup", tmp_path / data)
 
     assert "a backup needs a folder of its own" in str(result.exception)
-    assert not (tmp_path / "data" / "database.sqlite").exists()
+    assert not (tmp_path / data / "database.sqlite").exists()
 
 
 @pytest.mark.postgres
@@ -308,3 +389,21 @@ def test_a_password_in_the_url_is_no_obstacle(postgres_url: str, tmp_path: Path)
     url = make_url(postgres_url).set(password="a:b\\c").render_as_string(hide_password=False)
 
     said(url, tmp_path, "backup", tmp_path / "backup")
+
+
+@pytest.mark.postgres
+def test_a_password_among_the_urls_options_stands_in_no_list_of_processes(postgres_url: str, tmp_path: Path) -> None:
+    """A program in the place of pg_dump tells how it was called, and goes on as pg_dump."""
+    url = make_url(postgres_url).update_query_dict({"password": "s3cret"}).render_as_string(hide_password=False)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    steps = [f'printf "%s\\n" "$@" > {tmp_path}/called', f"cat {tempfile.gettempdir()}/hlora-* > {tmp_path}/file"]
+    (programs / "pg_dump").write_text("\n".join(["#!/bin/sh", *steps, f'exec {shutil.which("pg_dump")} "$@"', ""]))
+    (programs / "pg_dump").chmod(0o700)
+
+    result = command(url, tmp_path, "backup", tmp_path / "backup", PATH=f"{programs}:{os.environ['PATH']}")
+
+    assert result.exit_code == 0, result.exception
+    assert "passfile=" in (tmp_path / "called").read_text()
+    assert "s3cret" not in (tmp_path / "called").read_text()
+    assert "*:*:*:*:s3cret" in (tmp_path / "file").read_text()

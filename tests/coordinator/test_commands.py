@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 from typer.testing import CliRunner
 
 from coordinator import schema
 from coordinator.__main__ import app
 from coordinator.app import build
-from coordinator.database import open_engine
+from coordinator.blobs import Blobs
+from coordinator.database import open_engine, place
 from coordinator.settings import Settings
 from protocol import errors
 from tests.federation import Operator, open_federation
@@ -36,6 +38,7 @@ def call(folder: Path, *words: str) -> str:
 
 
 async def test_a_token_is_printed_once_and_works_beside_a_running_coordinator(tmp_path: Path) -> None:
+    call(tmp_path, "migrate")
     secret = call(tmp_path, "token", "ops")
     made = json.loads(call(tmp_path, "token", "wall", "--role", "viewer", "--json"))
 
@@ -45,6 +48,31 @@ async def test_a_token_is_printed_once_and_works_beside_a_running_coordinator(tm
             assert (await Operator(federation.http, token).call("POST", "/v1/enrolments", json={})).status_code == 201
         assert (made["name"], made["role"], made["revoked"]) == ("wall", "viewer", False)
         assert (await Operator(federation.http, made["token"]).call("POST", "/v1/enrolments", json={})).status_code == 403
+
+
+def test_a_token_is_not_made_where_no_coordinator_would_know_it(tmp_path: Path) -> None:
+    done = run(tmp_path / "elsewhere", "token", "ops")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: there is no database {tmp_path}/elsewhere/hlora.sqlite")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_database_of_a_newer_program_is_refused_in_one_line(tmp_path: Path) -> None:
+    call(tmp_path, "migrate")
+    engine = open_engine(f"sqlite:///{tmp_path}/hlora.sqlite")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("update alembic_version set version_num = '9999'")
+    engine.dispose()
+
+    for command in ("migrate", "serve"):
+        done = run(tmp_path, command)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            done.stderr
+            == "error: the database has the schema of a newer program: run that one, or go back to a backup that was made before it\n"
+        )
 
 
 def test_migrating_makes_the_database_current_and_says_its_revision(tmp_path: Path) -> None:
@@ -87,12 +115,50 @@ def test_a_wrong_setting_is_named_as_the_environment_names_it(tmp_path: Path, se
 
 
 WRONG = ["sqlite://", "sqlite:///:memory:", "mysql://localhost/x", "nonsense", "", "oracle://x", "postgresql+asyncpg://x/y"]
+WRONG += ["postgresql://hlora:s3cret@db:54x2/hlora"]
 
 
 @pytest.mark.parametrize("url", WRONG)
 def test_a_database_that_cannot_be_used_is_refused_with_those_that_can(url: str) -> None:
     with pytest.raises(errors.InvalidRequest, match=r"sqlite:///FILE or postgresql://"):
         open_engine(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://hlora:s3cret@db:5433/hlora", "postgresql+psycopg://db:5433/hlora"),
+        ("postgresql://db/hlora?user=hlora&password=s3cret&sslmode=require", "postgresql+psycopg://db/hlora"),
+        ("postgresql:///hlora?host=/run/postgresql&passfile=/run/secret", "postgresql+psycopg:///hlora"),
+        ("sqlite:////srv/hlora-data/hlora.sqlite", "sqlite:////srv/hlora-data/hlora.sqlite"),
+    ],
+)
+def test_the_log_says_which_database_and_never_its_password(url: str, said: str) -> None:
+    engine = open_engine(url) if url.startswith("postgresql") else None
+
+    assert place(engine.url if engine else make_url(url)) == said
+
+
+@pytest.mark.parametrize("name", ["my data", "a%41b", "größer", "a#b?c", "\udcff"])
+def test_whatever_the_data_folder_is_called_the_blobs_lie_in_it(name: str, tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path / name)
+
+    blobs = Blobs.open(settings.blobs)
+
+    assert (tmp_path / name / "blobs" / blobs.put(b"here").digest.replace(":", "/")).read_bytes() == b"here"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert blobs.url == (tmp_path / name / "blobs").as_uri()
+
+
+def test_blobs_that_an_earlier_version_put_beside_the_data_folder_are_not_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "aAb" / "blobs").mkdir(parents=True)
+    settings = Settings(data=tmp_path / "a%41b")
+
+    with pytest.raises(errors.Conflict, match="move that folder to"):
+        build(settings)
+    (tmp_path / "a%41b").mkdir(exist_ok=True)
+    (tmp_path / "aAb" / "blobs").rename(tmp_path / "a%41b" / "blobs")
+    assert settings.blobs == (tmp_path / "a%41b" / "blobs").as_uri()
 
 
 @pytest.mark.parametrize("change", [{"executor": "magic://2"}, {"blobs_url": "ftp://x"}, {"executor": "threads://0"}])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,30 @@ async def test_a_run_paused_while_its_round_is_merged_publishes_it(federation: F
 
     assert (await federation.admin.round(run, 1)).state is RoundState.published
     assert (await federation.admin.run(run)).state is RunState.paused
+
+
+async def test_what_is_to_be_measured_since_some_time_in_a_pause_waits_no_longer_than_ever(federation: Federation) -> None:
+    """The run is paused while its last round is merged, which takes ten seconds more."""
+    devices = await federation.enrol_many(2)
+    run = await federation.open(make_plan(rounds=1, cohort={"target": 2, "quorum": 2}, evaluation={"every": 5}))
+    for device in devices:
+        await device.complete(await device.take(JobKind.evaluate))
+        await device.complete(await device.take())
+
+    def pause() -> None:
+        with federation.parts.database.write() as session:
+            if runs.get(session, run).state == RunState.running:
+                runs.pause(session, run, federation.clock.now)
+                federation.clock.advance(10)
+
+    conductor(federation, pause).tick()
+    federation.clock.advance(1800)
+    await federation.admin.change_run(run, "resume")
+
+    now = federation.clock.now
+    with federation.parts.database.read() as session:
+        queued = session.scalars(select(tables.Job).where(tables.Job.state == JobState.queued)).all()
+    assert [(job.created_at, job.deadline) for job in queued] == [(now, now + timedelta(seconds=7200))] * 2
 
 
 async def test_a_round_whose_bytes_cannot_be_read_now_holds_up_no_other(federation: Federation) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -51,3 +55,41 @@ async def test_the_log_and_the_events_tell_the_same(small: Federation) -> None:
     assert all(entry["log_level"] == "info" for entry in logs)
     opened = next(entry for entry in logs if entry["event"] == "round-opened")
     assert (opened["run"], opened["round"], opened["attempt"]) == (run, 1, 1)
+
+
+OBEYED = "\x1b[2J\x9b8m\x07"
+STORY = f"""
+import structlog
+from coordinator import logs
+
+logs.configure(%s)
+log = structlog.get_logger()
+log.info("job-released", reason={OBEYED!a}, other="the lid " + {OBEYED!a}, client="phone", round=1)
+try:
+    raise ValueError({OBEYED!a})
+except ValueError:
+    log.exception("advance-failed")
+"""
+
+
+def logged(as_json: bool) -> str:
+    """What a process writes to its standard error of what a client wrote, and of a defect that quotes it."""
+    story = [sys.executable, "-c", STORY % as_json]
+    return subprocess.run(story, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stderr
+
+
+def test_no_terminal_obeys_what_a_client_wrote() -> None:
+    said = logged(as_json=False)
+
+    assert said.replace("\n", "").isprintable()
+    assert r"reason='\x1b[2J\x9b8m\x07'" in said
+    assert r"other='the lid \x1b[2J\x9b8m\x07'" in said
+    assert "client=phone" in said
+    assert r"ValueError: \x1b[2J\x9b8m\x07" in said
+
+
+def test_programs_read_in_the_log_what_a_client_wrote() -> None:
+    said = logged(as_json=True)
+
+    assert said.replace("\n", "").isprintable()
+    assert json.loads(said.partition("\n")[0])["reason"] == OBEYED

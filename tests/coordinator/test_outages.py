@@ -196,6 +196,24 @@ async def test_a_run_that_waits_for_clients_waits_as_long_again(federation: Fede
     assert str(view.reason).startswith("waits for clients")
 
 
+async def test_an_outage_during_a_pause_is_given_back_once(federation: Federation) -> None:
+    """An hour's pause of which forty minutes are an outage."""
+    one, *_ = await federation.enrol_many(3)
+    run = await federation.open(PLAN.model_copy(update={"times": PLAN.times.model_copy(update={"job": PLAN.times.round})}))
+    federation.clock.advance(MINUTE)
+    await federation.admin.change_run(run, "pause")
+    with at_work(federation):
+        pass
+    federation.clock.advance(40 * MINUTE)
+    with at_work(federation):
+        pass
+    federation.clock.advance(20 * MINUTE)
+    await federation.admin.change_run(run, "resume")
+
+    assert outages(federation) == [40 * MINUTE]
+    assert (await one.take()).remaining_seconds == PLAN.times.round - MINUTE
+
+
 @pytest.mark.parametrize("jump", [-60 * MINUTE, 60 * MINUTE], ids=["back", "forth"])
 async def test_a_clock_that_jumps_ends_nothing_and_makes_nothing_last(federation: Federation, jump: float) -> None:
     _, _, (job, *_) = await federation.training(PLAN)

@@ -247,17 +247,56 @@ async def test_pausing_and_resuming_twice_is_doing_it_once(small: Federation) ->
         assert views[0] == views[1]
 
 
-async def test_a_round_in_a_paused_run_keeps_its_deadline(small: Federation) -> None:
-    run, devices, jobs = await small.training(make_plan())
-    for device, job in zip(devices[:2], jobs[:2], strict=True):
-        await device.complete(job)
-    await small.admin.change_run(run, "pause")
-    small.advance(100_000)
+async def test_a_round_has_as_much_time_after_a_pause_as_it_had_before(federation: Federation) -> None:
+    """Of two hours one is over when a pause begins that is longer than both; nobody had picked the third job up."""
+    one, two, three = await federation.enrol_many(3)
+    run = await federation.open(make_plan(times=TIMES | {"no_progress": 7200}, evaluation=UNMEASURED))
+    for device in (one, two):
+        await device.complete(await device.take())
+    federation.advance(3600)
+    await federation.admin.change_run(run, "pause")
+    federation.advance(100_000)
+    assert [job.state for job in (await federation.admin.round(run, 1)).jobs].count(JobState.queued) == 1
 
-    await small.admin.change_run(run, "resume")
+    await federation.admin.change_run(run, "resume")
+    federation.advance(3599)
+
+    assert (await federation.admin.round(run, 1)).state is RoundState.open
+    assert (await three.take()).remaining_seconds == 1
+    federation.advance(1)
+    assert (await federation.admin.round(run, 1)).reason == "2 contributions at the deadline, quorum 2"
+
+
+async def test_the_last_adapter_is_measured_after_a_pause_in_which_nobody_could(federation: Federation) -> None:
+    """A pause of a day, while the evaluations wait to be picked up."""
+    devices = await federation.enrol_many(2)
+    run = await federation.open(make_plan(rounds=1, cohort={"target": 2, "quorum": 2}, evaluation={"every": 5}))
+    for device in devices:
+        await device.complete(await device.take(JobKind.evaluate))
+        await device.complete(await device.take())
+    federation.tick()
+    await federation.admin.change_run(run, "pause")
+    for _ in range(24):
+        federation.advance(3600)
+
+    await federation.admin.change_run(run, "resume")
+    federation.tick()
+
+    assert (await federation.admin.run(run)).reason == "waits for the last evaluation"
+    (view,) = await federation.play([run])
+    assert view.state is RunState.finished
+    assert view.metrics == {"accuracy": 0.5}
+
+
+async def test_a_client_that_is_revoked_during_a_pause_loses_its_queued_job(small: Federation) -> None:
+    one, *_ = await small.enrol_many(3)
+    run = await small.open(make_plan(evaluation=UNMEASURED))
+    await small.admin.change_run(run, "pause")
+    await small.admin.change_client(one, state="revoked")
     small.tick()
 
-    assert (await small.admin.round(run, 1)).reason == "2 contributions at the deadline, quorum 2"
+    states = {job.client_name: job.state for job in (await small.admin.round(run, 1)).jobs}
+    assert states == {"device 1": JobState.cancelled, "device 2": JobState.queued, "device 3": JobState.queued}
 
 
 async def test_a_stopped_run_ends_its_round_and_every_job(federation: Federation) -> None:
