@@ -90,7 +90,7 @@ async def test_a_refused_job_is_given_back_with_its_reason(
 
 async def test_a_job_that_only_the_network_kept_from_being_done_is_taken_up_again(federation: Federation, tmp_path: Path) -> None:
     device, run = await begin(federation)
-    async with looping(federation, device, refusing(errors.Unavailable("no route")), tmp_path / "first") as loop:
+    async with looping(federation, device, refusing(errors.Unavailable("no route")), tmp_path / "first", left=START) as loop:
         assert await loop.step() is Step.given_back
     async with looping(federation, device, instantly, tmp_path / "second") as loop:
         federation.advance(1)
