@@ -18,6 +18,7 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 from agent import data, identity, machine, policy
 from agent.client import Client
 from agent.connection import PATIENT, Retry
+from agent.data import Catalogue
 from agent.identity import Identity
 from agent.policy import Policy
 from agent.settings import Settings
@@ -60,10 +61,23 @@ def profile(home: Path, allowed: Policy) -> Profile:
         if allowed.data is not None and alias not in allowed.data:
             continue
         try:
-            datasets[alias] = catalogue.describe(alias)
+            datasets[alias] = described(catalogue, alias)
         except errors.DataRefusal as error:
             log.warning("dataset-left-out", data=alias, detail=error.detail)
     return machine.profile(allowed, datasets)
+
+
+def described(catalogue: Catalogue, alias: str) -> Dataset:
+    """What the coordinator is told of a data set. Raises DataRefusal also where its columns are none that may be told."""
+    try:
+        return catalogue.describe(alias)
+    except ValidationError as error:
+        # The error's own words quote the name of a column: of a file without a header that is a row.
+        raise errors.DataRefusal(
+            f"{alias!r} has columns that are none ({error.errors()[0]['type']}): up to 1000 may be told, with names of up to 256 "
+            "characters; see that the file begins with its header",
+            alias=alias,
+        ) from None
 
 
 async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Identity:

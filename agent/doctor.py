@@ -93,7 +93,7 @@ def _data(home: Path, allowed: Policy) -> str:
 
 
 def _dataset(catalogue: Catalogue, alias: str) -> str:
-    found = catalogue.describe(alias)
+    found = app.described(catalogue, alias)
     return f"{alias}: {found.train} rows to train on, {found.held_out} held out, columns {', '.join(found.columns)}"
 
 

@@ -79,6 +79,14 @@ def test_doctor_looks_on_when_something_is_wrong(tmp_path: Path) -> None:
     assert "enrol first" in found["identity"][1]
 
 
+def test_doctor_names_a_data_set_whose_columns_cannot_be_told(home: Path) -> None:
+    (home / "things.jsonl").write_text(json.dumps({"a private sentence " * 20: 1, "other": 2}) + "\n" + json.dumps({"other": 3}) + "\n")
+    ok, detail = findings(home)[1]["data"]
+    assert not ok
+    assert detail.startswith("'things' has columns that are none (string_too_long)")
+    assert "private" not in detail
+
+
 def test_doctor_says_how_to_begin_where_nothing_is_there(tmp_path: Path) -> None:
     _, found = findings(tmp_path)
     assert found["policy"] == (True, f"no policy.toml in {tmp_path}: everything is allowed")
