@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,16 @@ def test_doctor_names_models_that_cannot_be_used(home: Path, encoder: Path, deco
     (home / "policy.toml").write_text("memory_bytes = 1000\n")
     assert "GiB are offered" in findings(home, "--model", str(encoder))[1]["model"][1]
     assert "put the model there" in findings(home, "--model", "/no/such/model")[1]["model"][1]
+
+
+def test_doctor_names_a_model_of_which_a_file_is_no_longer_whole(home: Path, encoder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(encoder, tmp_path / "copy" / "encoder"))
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert findings(home, "--model", str(place))[1]["model"] == (
+        False,
+        f"{weights} is incomplete, damaged or a Git-LFS pointer: fetch the model again",
+    )
 
 
 def test_doctor_warns_of_a_credential_that_others_can_read(home: Path) -> None:
