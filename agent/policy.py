@@ -87,11 +87,13 @@ def _within(span: str, now: time) -> bool:
 
 
 def load(home: Path) -> Policy:
-    """The policy in a home folder; the default where there is no file. Raises PolicyRefusal if the file says what no policy can."""
+    """The policy in a home folder; the default where there is no file. Raises PolicyRefusal if it cannot be read, or says what none can."""
     try:
-        return Policy.model_validate(tomllib.loads((home / FILE).read_text()))
+        return Policy.model_validate(tomllib.loads((home / FILE).read_text("utf-8")))
     except FileNotFoundError:
         return Policy()
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.PolicyRefusal(f"{home / FILE} cannot be read as UTF-8 ({type(error).__name__}); mend it or its permissions") from None
     except tomllib.TOMLDecodeError as error:
         raise errors.PolicyRefusal(f"{home / FILE} is no TOML: {error}") from None
     except ValidationError as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +147,28 @@ def test_an_agent_that_is_not_enrolled_does_not_run(tmp_path: Path) -> None:
     assert code == 78
     assert said.startswith("error: ")
     assert "python -m agent enrol" in said
+
+
+@pytest.mark.parametrize("name", ["policy.toml", "datasets.toml"])
+@pytest.mark.parametrize("kind", ["UnicodeDecodeError", "IsADirectoryError"])
+def test_a_file_of_the_owner_that_cannot_be_read_ends_the_agent_for_good(home: Path, name: str, kind: str) -> None:
+    (home / name).unlink()
+    if kind == "UnicodeDecodeError":
+        (home / name).write_bytes("[réservé]\n".encode("latin-1"))
+    else:
+        (home / name).mkdir()
+    why = f"{home / name} cannot be read as UTF-8 ({kind}); mend it or its permissions"
+    assert call("run", "--home", str(home)) == (78, f"error: {why}\n")
+    assert findings(home)[1][name.removesuffix(".toml").removesuffix("sets")] == (False, why)
+
+
+def test_the_owners_files_are_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text('data = ["Pfingströschen"]\n', "utf-8")
+    (tmp_path / "datasets.toml").write_text('["Pfingströschen"]\nformat = "jsonl"\npath = "rows.jsonl"\n', "utf-8")
+    home = f"pathlib.Path({str(tmp_path)!r})"
+    question = f"import pathlib; from agent import data, policy; print(policy.load({home}).data == [*data.load({home}).sources])"
+    ascii = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    assert subprocess.run([sys.executable, "-c", question], env=ascii, capture_output=True, check=True).stdout == b"True\n"
 
 
 @pytest.mark.parametrize(
