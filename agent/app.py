@@ -53,7 +53,10 @@ def connect(settings: Settings, url: str, credential: SecretStr | None = None, r
 
 
 def profile(home: Path, allowed: Policy) -> Profile:
-    """What this machine can do and has, as far as its owner offers it. Data sets that cannot be read are left out, and logged."""
+    """What this machine can do and has, as far as its owner offers it. Data sets that cannot be read are left out, and logged.
+
+    Raises InvalidProfile where all of it together is more than a coordinator takes.
+    """
     catalogue = data.load(home)
     datasets: dict[str, Dataset] = {}
     for alias in catalogue.sources:
@@ -63,7 +66,9 @@ def profile(home: Path, allowed: Policy) -> Profile:
             datasets[alias] = catalogue.describe(alias)
         except errors.DataRefusal as error:
             log.warning("dataset-left-out", data=alias, detail=error.detail)
-    return machine.profile(allowed, datasets)
+    found = machine.profile(allowed, datasets)
+    found.check_extent()
+    return found
 
 
 async def enrol(settings: Settings, url: str, name: str, token: SecretStr) -> Identity:

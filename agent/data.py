@@ -235,9 +235,11 @@ def _hub(source: Source, split: str) -> Iterable[Row]:  # pragma: no cover: need
 def load(home: Path) -> Catalogue:
     """The data sets of a home folder; none where there is no file. Raises DataRefusal if the file is wrong."""
     try:
-        return Catalogue(SOURCES.validate_python(tomllib.loads((home / FILE).read_text())), home)
+        return Catalogue(SOURCES.validate_python(tomllib.loads((home / FILE).read_text("utf-8"))), home)
     except FileNotFoundError:
         return Catalogue()
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.DataRefusal(f"{home / FILE} cannot be read as UTF-8 ({type(error).__name__}); mend it or its permissions") from None
     except tomllib.TOMLDecodeError as error:
         raise errors.DataRefusal(f"{home / FILE} is no TOML: {error}") from None
     except ValidationError as error:

@@ -27,11 +27,11 @@ WANTED = {"expired", "released"}  # states of a job that the coordinator may yet
 def may_return(error: errors.HLoRAError) -> bool:
     """Whether what was done of a job that ended so may yet be wanted: it may be handed out again, or a newer agent may deliver it.
 
-    An answer that names no state does not say.
+    An answer that names no state does not say. After what may pass, such as a network that was away, the job is asked for again.
     """
     if isinstance(error, errors.Over):
         return error.facts.get("state", "expired") in WANTED
-    return isinstance(error, (errors.StaleLease, errors.OutdatedAgent))
+    return may_pass(error) or isinstance(error, (errors.StaleLease, errors.OutdatedAgent))
 
 
 @dataclass(frozen=True)

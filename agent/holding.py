@@ -30,11 +30,11 @@ class Step(StrEnum):
     idle = "idle"
     given_back = "given_back"
     over = "over"  # somebody else ended the job
-    kept = "kept"  # this process cannot deliver; the finished work stays in the outbox
+    kept = "kept"  # it cannot be delivered by this process, or in these hours; the finished work stays in the outbox
 
 
 def stopped(error: errors.HLoRAError | None) -> bool:
-    """Whether a job was left for no other reason than that the agent stops."""
+    """Whether a job was left for no other reason than that the agent stops, or that its hours have ended."""
     return error is not None and bool(error.facts.get("stopping"))
 
 
@@ -44,7 +44,7 @@ class Holder:
 
     client: Client
     stopping: asyncio.Event
-    may_work: Callable[[], bool]  # by the owner's policy, at this moment
+    check_hours: Callable[[], None]  # raises Refusal where the owner's policy allows no work at this moment
 
     async def hold(self, held: Held, working: Coroutine[Any, Any, None]) -> tuple[Step, errors.HLoRAError | None]:
         """See a job to its end with its lease renewed beside it; leave it when it is done, lost, refused, or the agent stops.
@@ -90,7 +90,7 @@ class Holder:
         return errors.HLoRAError(f"the agent failed with {type(error).__name__}; its log has the trace")
 
     async def _leave(self, held: Held, error: errors.HLoRAError) -> Step:
-        """Give the job back with the reason, unless it is lost already, or done and to be delivered by another process."""
+        """Give the job back with the reason, unless it is lost already, or done and to be delivered later."""
         if isinstance(error, (errors.Conflict, errors.Over)):
             log.info("job-over", problem=error.slug(), detail=error.detail)
             return Step.over
@@ -123,15 +123,12 @@ class Holder:
             else:
                 seconds = renewal.lease_seconds
                 held.remains(renewal.remaining_seconds)
-                held.ended = self._verdict(renewal.verdict)
-                if held.ended is not None:
+                if renewal.verdict is Verdict.cancel:
+                    held.ended = errors.JobOver("the coordinator cancelled the job", state="cancelled")
                     return
+            try:
+                self.check_hours()
+            except errors.Refusal as rest:
+                held.ended = rest
+                return
             await asyncio.sleep(seconds / RENEWALS)
-
-    def _verdict(self, verdict: Verdict) -> errors.HLoRAError | None:
-        """What ends the job, if anything does."""
-        if verdict is Verdict.cancel:
-            return errors.JobOver("the coordinator cancelled the job", state="cancelled")
-        if not self.may_work():
-            return errors.PolicyRefusal("the hours in which the policy allows work have ended", line="hours")
-        return None

@@ -59,7 +59,7 @@ class Loop:
         self.link = Link(self.policy.up_bytes_per_second)
         self._worker = Worker(self.client, self.train, self.folder / "work", self.outbox, self.clock)
         self._courier = Courier(self.client, self.outbox, self.link, self.clock, self.chance)
-        self._holder = Holder(self.client, self.stopping, lambda: self.policy.may_work(self.now().time()))
+        self._holder = Holder(self.client, self.stopping, lambda: self.policy.check_hours(self.now().time()))
 
     async def run(self, profile: Profile) -> None:
         """Tell the profile, deliver what an earlier process left behind, then ask and work until told to stop.
@@ -68,14 +68,17 @@ class Loop:
         """
         told, delivered, failures = False, False, 0
         while not self.stopping.is_set():
-            if not self.policy.may_work(self.now().time()):
+            if not self._may_work():
                 await self._rest(60.0)
                 continue
             try:
                 told = told or await self._unless_stopping(self.client.put_profile(profile)) is not None
                 delivered = delivered or await self.deliver()
+                if not delivered:
+                    continue
                 came = await self.step()
-                delivered = came is not Step.over  # the answer may be there all the same, or what was done be wanted again
+                # Of a job that is over the answer may be there all the same, or what was done be wanted again.
+                delivered = came not in (Step.over, Step.kept)
             except HOPELESS:
                 raise
             except errors.HLoRAError as error:
@@ -88,6 +91,9 @@ class Loop:
         """Seconds of rest after so many jobs in a row that this device could not do: doubling, and a little random."""
         return self.chance.uniform(0.5, 1.0) * min(LONGEST_REST, 2.0 ** min(failures, 10)) if failures else 0.0
 
+    def _may_work(self) -> bool:
+        return self.policy.may_work(self.now().time())
+
     async def _rest(self, seconds: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), seconds)
@@ -95,15 +101,16 @@ class Loop:
     async def deliver(self) -> bool:
         """Bring what waits in the outbox, under the leases that it was done under; gives true when all was tried.
 
-        What is not wanted under them stays until the job is handed out again.
+        What is not wanted under them stays until the job is handed out again; what is not reached before the agent stops or its hours
+        end, until it is back.
         """
         for entry in await asyncio.to_thread(self.outbox.entries):
-            if self.stopping.is_set():
+            if self.stopping.is_set() or not self._may_work():
                 return False
             held = Held.begin(entry.job, self.clock, self.link)
             log.info("outbox-found", entry=entry.job.id, sent=entry.sent)
             await self._hold(held, self._courier.deliver(held, entry, again=True))
-        return True
+        return self._may_work()
 
     async def step(self) -> Step:
         """Ask once; if a job comes, do it to its end."""

@@ -53,15 +53,19 @@ class Policy(Strict):
         """Whether the local time lies in the hours; a span may pass midnight, its end is excluded."""
         return self.hours is None or any(_within(span, now) for span in self.hours)
 
+    def check_hours(self, now: time) -> None:
+        """Raises Refusal outside the hours. It is a rest and no refusal of the job: like an agent that stops, it goes on where it was."""
+        if not self.may_work(now):
+            raise errors.Refusal(f"the policy's hours are {', '.join(self.hours or [])}; it is {now:%H:%M}", stopping=True)
+
     def check_model(self, model: str) -> None:
         """Raises PolicyRefusal unless a model of this id may be used."""
         if self.models is not None and not any(fnmatch.fnmatchcase(model, pattern) for pattern in self.models):
             raise errors.PolicyRefusal(f"the policy's models ({', '.join(self.models)}) do not include {model}", line="models")
 
     def check(self, job: Job, now: time) -> None:
-        """Raises PolicyRefusal, naming the line of the policy, unless the job is allowed at this local time."""
-        if not self.may_work(now):
-            raise errors.PolicyRefusal(f"the policy's hours are {', '.join(self.hours or [])}; it is {now:%H:%M}", line="hours")
+        """Raises PolicyRefusal, naming the line of the policy, unless the job is allowed; Refusal if only not at this local time."""
+        self.check_hours(now)
         self.check_model(job.model.id)
         if self.data is not None and job.data not in self.data:
             raise errors.PolicyRefusal(f"the policy's data ({', '.join(self.data)}) do not include {job.data!r}", line="data")
@@ -83,11 +87,13 @@ def _within(span: str, now: time) -> bool:
 
 
 def load(home: Path) -> Policy:
-    """The policy in a home folder; the default where there is no file. Raises PolicyRefusal if the file says what no policy can."""
+    """The policy in a home folder; the default where there is no file. Raises PolicyRefusal if it cannot be read, or says what none can."""
     try:
-        return Policy.model_validate(tomllib.loads((home / FILE).read_text()))
+        return Policy.model_validate(tomllib.loads((home / FILE).read_text("utf-8")))
     except FileNotFoundError:
         return Policy()
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.PolicyRefusal(f"{home / FILE} cannot be read as UTF-8 ({type(error).__name__}); mend it or its permissions") from None
     except tomllib.TOMLDecodeError as error:
         raise errors.PolicyRefusal(f"{home / FILE} is no TOML: {error}") from None
     except ValidationError as error:

@@ -104,6 +104,7 @@ def _load(place: Path, kind: str, labels: tuple[str, ...], device: str, dtype: t
 
 def _open(place: Path, kind: str, labels: tuple[str, ...], **how: object) -> Base:
     """Open the folder for the task; code that a model brings along is never run."""
+    fingerprint = checkpoint.fingerprint(place)  # it knows better than transformers what is wrong with a file
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     numbered = dict(enumerate(labels))
@@ -119,7 +120,9 @@ def _open(place: Path, kind: str, labels: tuple[str, ...], **how: object) -> Bas
             **how,
         )
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (MemoryError, RuntimeError):
+        raise  # memory that ran out is no fault of the model
+    except Exception as error:  # safetensors has errors of its own, and tokenizers raises Exception itself
         raise errors.ModelRefusal(f"transformers cannot open {place} for {kind}: {error}", folder=str(place)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -128,4 +131,4 @@ def _open(place: Path, kind: str, labels: tuple[str, ...], **how: object) -> Bas
     model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
     model.eval()
-    return Base(model, tokenizer, frozenset(loading["missing_keys"]), place, checkpoint.fingerprint(place))
+    return Base(model, tokenizer, frozenset(loading["missing_keys"]), place, fingerprint)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from protocol import errors
 from protocol.plan import Model
@@ -76,6 +76,7 @@ def fingerprint(place: Path) -> str:
     """SHA-256 over the configuration, without what does not concern the weights, and every tensor's name, type, shape and bytes.
 
     It is the same however the tensors are spread over files. Cost: all weights are read once per process.
+    Raises ModelRefusal, naming the file, where one is damaged, cut or only points to what it should hold.
     """
     files = sorted(place.glob("*.safetensors"))
     return _fingerprint(place, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
@@ -83,8 +84,11 @@ def fingerprint(place: Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _fingerprint(place: Path, files: tuple[tuple[str, int, int], ...]) -> str:
-    config = json.loads((place / "config.json").read_bytes())
-    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    try:
+        config: dict[str, Any] = json.loads((place / "config.json").read_bytes())
+        kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    except (ValueError, AttributeError):  # no JSON, or no object
+        raise _incomplete(place / "config.json") from None
     whole = hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
     for line in sorted(line for name, _, _ in files for line in _tensors(place / name)):
         whole.update(line.encode())
@@ -94,13 +98,30 @@ def _fingerprint(place: Path, files: tuple[tuple[str, int, int], ...]) -> str:
 def _tensors(file: Path) -> Iterator[str]:
     """One line per tensor: name, type, shape, SHA-256 of its bytes."""
     with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        table: dict[str, dict[str, Any]] = json.loads(stream.read(size))
-        table.pop("__metadata__", None)
-        for name, entry in table.items():
-            start, stop = entry["data_offsets"]
-            stream.seek(8 + size + start)
+        for line, start, stop in _header(file, stream):
+            stream.seek(start)
             data = hashlib.sha256()
             for at in range(start, stop, BLOCK):
                 data.update(stream.read(min(BLOCK, stop - at)))
-            yield f"\n{name} {entry['dtype']} {entry['shape']} {data.hexdigest()}"
+            yield f"{line} {data.hexdigest()}"
+
+
+def _header(file: Path, stream: BinaryIO) -> list[tuple[str, int, int]]:
+    """Each tensor's name, type and shape, and where in the file its bytes begin and end. Raises ModelRefusal unless the last ends it."""
+    length, begin = file.stat().st_size, 8 + int.from_bytes(stream.read(8), "little")
+    found: list[tuple[str, int, int]] = []
+    try:
+        table: dict[str, dict[str, Any]] = json.loads(stream.read(begin - 8)) if begin <= length else {}
+        table.pop("__metadata__", None)
+        for name, entry in table.items():
+            start, stop = entry["data_offsets"]
+            found.append((f"\n{name} {entry['dtype']} {entry['shape']}", begin + start, begin + stop))
+    except (ValueError, TypeError, AttributeError, LookupError):  # no JSON, or none of this form
+        raise _incomplete(file) from None
+    if max((stop for _, _, stop in found), default=begin) != length:
+        raise _incomplete(file)
+    return found
+
+
+def _incomplete(file: Path) -> errors.ModelRefusal:
+    return errors.ModelRefusal(f"{file} is incomplete, damaged or a Git-LFS pointer: fetch the model again", file=str(file))

@@ -29,6 +29,7 @@ PATIENCE = 30.0  # seconds; an outer bound, nothing is measured by it
 FINISHED = ["entry.json", "slice.safetensors"]
 START = ["start.safetensors"]  # of a job that may be handed out again
 ALONE: dict[str, Any] = {"cohort": {"target": 1, "quorum": 1}, "evaluation": {"every": 0}, "rounds": 1}
+QUICK = {"lease": 0.2, "no_progress": 600, "job": 3600, "round": 7200}  # a lease that the agent renews all the time
 
 
 @dataclass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from agent import app
+import pytest
+
+from agent import app, data
 from agent.policy import Policy
+from protocol import errors
 from tests.agent.work import catalogue
 
 DATASETS = """
@@ -23,15 +27,34 @@ path = "gone.csv"
 """
 
 
-def profiled(home: Path, policy: Policy) -> dict[str, int]:
+def profiled(home: Path, policy: Policy, datasets: str = DATASETS) -> dict[str, int]:
     """The data sets that the coordinator is told of, with the rows to train on."""
     catalogue(home)
-    (home / "datasets.toml").write_text(DATASETS)
+    (home / "datasets.toml").write_text(datasets)
     return {alias: dataset.train for alias, dataset in app.profile(home, policy).datasets.items()}
 
 
 def test_the_profile_leaves_out_data_that_cannot_be_read(tmp_path: Path) -> None:
     assert profiled(tmp_path, Policy()) == {"things": 18, "letters": 24}
+
+
+@pytest.mark.parametrize("row", [{"a private sentence " * 20: 1}, {f"a private word {n}": 1 for n in range(1001)}, {"private \ud800": 1}])
+def test_the_profile_leaves_out_data_whose_columns_cannot_be_told(
+    tmp_path: Path, row: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone.jsonl").write_text(json.dumps(row))
+    assert profiled(tmp_path, Policy(), DATASETS.replace("csv", "jsonl")) == {"things": 18, "letters": 24}
+    with pytest.raises(errors.DataRefusal) as refused:
+        data.load(tmp_path).describe("gone")
+    assert "no more than 1,000 can be told" in refused.value.detail
+    assert "private" not in str(refused.value.facts) + refused.value.detail + capsys.readouterr().out
+
+
+def test_a_profile_that_is_too_large_as_a_whole_says_so_before_it_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "wide.jsonl").write_text(json.dumps({f"column {n}": 1 for n in range(1000)}))
+    sets = "".join(f'[wide{n}]\nformat = "jsonl"\npath = "wide.jsonl"\n' for n in range(3))
+    with pytest.raises(errors.InvalidProfile, match="3,000 columns of 3 data sets"):
+        profiled(tmp_path, Policy(), sets)
 
 
 def test_the_profile_leaves_out_data_that_the_policy_does_not_allow(tmp_path: Path) -> None:

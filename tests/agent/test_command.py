@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +83,14 @@ def test_doctor_looks_on_when_something_is_wrong(tmp_path: Path) -> None:
     assert "enrol first" in found["identity"][1]
 
 
+def test_doctor_names_a_data_set_whose_columns_cannot_be_told(home: Path) -> None:
+    (home / "things.jsonl").write_text(json.dumps({"a private sentence " * 20: 1, "other": 2}) + "\n" + json.dumps({"other": 3}) + "\n")
+    ok, detail = findings(home)[1]["data"]
+    assert not ok
+    assert detail.startswith("'things' has columns that are none (string_too_long)")
+    assert "private" not in detail
+
+
 def test_doctor_says_how_to_begin_where_nothing_is_there(tmp_path: Path) -> None:
     _, found = findings(tmp_path)
     assert found["policy"] == (True, f"no policy.toml in {tmp_path}: everything is allowed")
@@ -93,6 +105,16 @@ def test_doctor_names_models_that_cannot_be_used(home: Path, encoder: Path, deco
     (home / "policy.toml").write_text("memory_bytes = 1000\n")
     assert "GiB are offered" in findings(home, "--model", str(encoder))[1]["model"][1]
     assert "put the model there" in findings(home, "--model", "/no/such/model")[1]["model"][1]
+
+
+def test_doctor_names_a_model_of_which_a_file_is_no_longer_whole(home: Path, encoder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(encoder, tmp_path / "copy" / "encoder"))
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert findings(home, "--model", str(place))[1]["model"] == (
+        False,
+        f"{weights} is incomplete, damaged or a Git-LFS pointer: fetch the model again",
+    )
 
 
 def test_doctor_warns_of_a_credential_that_others_can_read(home: Path) -> None:
@@ -125,6 +147,28 @@ def test_an_agent_that_is_not_enrolled_does_not_run(tmp_path: Path) -> None:
     assert code == 78
     assert said.startswith("error: ")
     assert "python -m agent enrol" in said
+
+
+@pytest.mark.parametrize("name", ["policy.toml", "datasets.toml"])
+@pytest.mark.parametrize("kind", ["UnicodeDecodeError", "IsADirectoryError"])
+def test_a_file_of_the_owner_that_cannot_be_read_ends_the_agent_for_good(home: Path, name: str, kind: str) -> None:
+    (home / name).unlink()
+    if kind == "UnicodeDecodeError":
+        (home / name).write_bytes("[réservé]\n".encode("latin-1"))
+    else:
+        (home / name).mkdir()
+    why = f"{home / name} cannot be read as UTF-8 ({kind}); mend it or its permissions"
+    assert call("run", "--home", str(home)) == (78, f"error: {why}\n")
+    assert findings(home)[1][name.removesuffix(".toml").removesuffix("sets")] == (False, why)
+
+
+def test_the_owners_files_are_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text('data = ["Pfingströschen"]\n', "utf-8")
+    (tmp_path / "datasets.toml").write_text('["Pfingströschen"]\nformat = "jsonl"\npath = "rows.jsonl"\n', "utf-8")
+    home = f"pathlib.Path({str(tmp_path)!r})"
+    question = f"import pathlib; from agent import data, policy; print(policy.load({home}).data == [*data.load({home}).sources])"
+    ascii = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    assert subprocess.run([sys.executable, "-c", question], env=ascii, capture_output=True, check=True).stdout == b"True\n"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -26,6 +26,7 @@ from tests.agent.looping import (
     ALONE,
     FINISHED,
     PATIENCE,
+    QUICK,
     START,
     Block,
     Steps,
@@ -89,7 +90,7 @@ async def test_a_refused_job_is_given_back_with_its_reason(
 
 async def test_a_job_that_only_the_network_kept_from_being_done_is_taken_up_again(federation: Federation, tmp_path: Path) -> None:
     device, run = await begin(federation)
-    async with looping(federation, device, refusing(errors.Unavailable("no route")), tmp_path / "first") as loop:
+    async with looping(federation, device, refusing(errors.Unavailable("no route")), tmp_path / "first", left=START) as loop:
         assert await loop.step() is Step.given_back
     async with looping(federation, device, instantly, tmp_path / "second") as loop:
         federation.advance(1)
@@ -124,9 +125,6 @@ async def test_a_slice_that_the_coordinator_rejects_ends_the_job(federation: Fed
     state, reason = await last_job(federation, run)
     assert state is JobState.rejected
     assert "round" in (reason or "")
-
-
-QUICK = {"lease": 0.2, "no_progress": 600, "job": 3600, "round": 7200}
 
 
 async def test_the_lease_is_renewed_while_a_long_step_blocks_the_worker(federation: Federation, tmp_path: Path) -> None:
@@ -273,25 +271,6 @@ async def test_a_stopping_agent_does_not_wait_for_an_answer_to_its_question(fede
         await asyncio.sleep(0)
         loop.stopping.set()
         await asyncio.wait_for(running, PATIENCE)
-
-
-async def test_outside_its_hours_an_agent_asks_for_nothing_and_gives_back_what_it_has(federation: Federation, tmp_path: Path) -> None:
-    device, run = await begin(federation, times=QUICK)
-    moment = [datetime(2026, 1, 1, 23, 30, tzinfo=UTC)]
-    work = Steps()
-    nightly = Policy(hours=["22:00-06:00"])
-    async with looping(federation, device, work, tmp_path, policy=nightly, now=lambda: moment[0]) as loop:
-        step = asyncio.create_task(loop.step())
-        await work.until_begun()
-        moment[0] = datetime(2026, 1, 2, 6, 0, tzinfo=UTC)
-        assert await step is Step.given_back
-        reason = "the hours in which the policy allows work have ended"
-        assert await last_job(federation, run) == (JobState.released, reason)
-        running = asyncio.create_task(loop.run(make_profile(train=77)))
-        await asyncio.sleep(0.05)
-        assert (await federation.admin.client(device)).profile.datasets["texts"].train == 10  # it has not even told its profile
-        loop.stopping.set()
-        await running
 
 
 async def test_a_revoked_credential_ends_the_agent(federation: Federation, tmp_path: Path) -> None:

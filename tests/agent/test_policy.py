@@ -34,7 +34,6 @@ def test_without_a_file_everything_is_allowed_and_four_fifths_of_the_memory_offe
         ('data = ["letters"]', "data"),
         ("largest_rank = 3", "largest_rank"),
         ("max_bytes = 1000", "max_bytes"),
-        ('hours = ["22:00-06:00"]', "hours"),
     ],
 )
 def test_what_the_policy_does_not_allow_is_refused_naming_its_line(tmp_path: Path, job: Job, toml: str, line: str) -> None:
@@ -42,6 +41,13 @@ def test_what_the_policy_does_not_allow_is_refused_naming_its_line(tmp_path: Pat
     with pytest.raises(errors.PolicyRefusal) as refused:
         policy.load(tmp_path).check(job, NOON)
     assert refused.value.facts["line"] == line
+
+
+def test_a_job_that_comes_outside_the_hours_is_put_off_rather_than_refused(tmp_path: Path, job: Job) -> None:
+    with pytest.raises(errors.Refusal, match="the policy's hours are 22:00-06:00; it is 12:00") as refused:
+        Policy(hours=["22:00-06:00"]).check(job, NOON)
+    assert type(refused.value) is errors.Refusal
+    assert refused.value.facts["stopping"]
 
 
 def test_what_the_policy_allows_passes(tmp_path: Path, job: Job) -> None:

@@ -16,12 +16,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agent.client import Client
 from agent.connection import Retry
+from agent.loop import Loop, Step
+from agent.policy import Policy
 from agent.transfers import LARGEST_PART, PART, part_bytes
 from coordinator import parts
 from protocol import errors, slices
 from protocol.messages import BlobRef, Job
 from tests.agent.links import Link, linked, served
-from tests.agent.looping import ALONE
+from tests.agent.looping import ALONE, begin, instantly
 from tests.federation import LAYOUT, Device, Federation, make_plan
 
 LARGE = LAYOUT.model_copy(update={"full": {"head.bias": (2,), "head.weight": (2300, 1000)}})  # 9.2 MB: two parts
@@ -216,3 +218,21 @@ async def test_files_are_for_their_owner_alone(way: Way, tmp_path: Path) -> None
     async with way.client() as client:
         await client.blob(way.job.slice, tmp_path / "new" / "start")
     assert (tmp_path / "new" / "start").stat().st_mode & 0o777 == 0o600
+
+
+async def test_what_came_of_a_slice_before_the_network_went_away_is_not_fetched_again(federation: Federation, tmp_path: Path) -> None:
+    device, run = await begin(federation, layout=LARGE.model_dump(mode="json"))
+    assert device.secret is not None
+    half = LARGE.numbers(4) * 4 // 2
+    async with linked(federation.app) as (link, address):
+        link.down.cuts = iter([half, *[0] * 3])  # another attempt, and two to give the job back, bring nothing
+        async with Client(address, SecretStr(device.secret), retry=Retry(attempts=2), sleep=link.settle) as client:
+            loop = Loop(client, instantly, Policy(), tmp_path / "home", wait_seconds=0)
+            assert await loop.step() is Step.given_back
+            federation.advance(100)  # the lease is lost, and the job waits for its client
+            assert await loop.step() is Step.idle
+            federation.tick()
+            assert await loop.step() is Step.done
+    usage = (await federation.admin.round(run, 1)).jobs[-1].usage
+    assert usage is not None
+    assert usage.download_bytes <= half + 2 * HEADERS

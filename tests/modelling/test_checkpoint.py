@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modelling import base
 from modelling.checkpoint import fingerprint, folder
 from protocol import errors
 from protocol.plan import Model
+from tests.modelling.drawn import CLASSES
 
 
 @pytest.fixture
@@ -53,6 +55,33 @@ def test_a_setting_that_changes_what_the_model_computes_changes_the_fingerprint(
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
     assert fingerprint(place) != fingerprint(encoder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda _: POINTER,
+        lambda _: b"",
+        lambda whole: whole[:100],
+        lambda whole: whole[:-2],
+        lambda _: b"\x02\0\0\0\0\0\0\0[]",
+        lambda _: b"[]",
+    ],
+    ids=["pointer", "empty", "cut", "cut at the end", "another header", "no object"],
+)
+def test_a_model_of_which_a_file_is_no_longer_whole_is_refused_by_its_name(
+    place: Path, name: str, damaged: Callable[[bytes], bytes]
+) -> None:
+    file = place / name
+    file.write_bytes(damaged(file.read_bytes()))
+    for question in (lambda: fingerprint(place), lambda: base.load(Model(id=str(place)), CLASSES)):
+        with pytest.raises(errors.ModelRefusal) as refused:
+            question()
+        assert refused.value.detail == f"{file} is incomplete, damaged or a Git-LFS pointer: fetch the model again"
 
 
 @pytest.fixture

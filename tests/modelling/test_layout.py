@@ -154,6 +154,23 @@ def test_a_model_that_transformers_does_not_know_is_refused(encoder: Path, tmp_p
         resolve(tiny_plan(place))
 
 
+@pytest.mark.parametrize("damage", [{"model": {"type": "WordPiece", "vocab": 3}}, {"added_tokens": 3}])
+def test_a_tokenizer_that_is_damaged_is_refused(encoder: Path, tmp_path: Path, damage: dict[str, object]) -> None:
+    place = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    tokenizer = json.loads((place / "tokenizer.json").read_text())
+    (place / "tokenizer.json").write_text(json.dumps(tokenizer | damage))
+    with pytest.raises(errors.ModelRefusal, match="transformers cannot open"):
+        resolve(tiny_plan(place))
+
+
+def test_a_tensor_of_which_safetensors_knows_no_type_is_refused(encoder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    data = (place / "model.safetensors").read_bytes()
+    (place / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"F31"'))
+    with pytest.raises(errors.ModelRefusal, match="transformers cannot open"):
+        resolve(tiny_plan(place))
+
+
 def test_nothing_is_loaded_to_resolve_a_plan(encoder: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(encoder, tmp_path / "copy"))
     tensors = {name: torch.full_like(t, torch.nan) for name, t in load_file(place / "model.safetensors").items()}
