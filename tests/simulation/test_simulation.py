@@ -149,7 +149,8 @@ async def test_hours_in_which_nobody_has_work_are_a_few_turns(model: Path, fleet
         last = [run async for run in found.run(plan)][-1]
 
     assert last.state is RunState.paused
-    assert last.reason is not None and last.reason.startswith("waits for clients")
+    assert last.reason is not None
+    assert last.reason.startswith("waits for clients")
     assert found.time.now - began > timedelta(hours=2)
     assert found.turns < 100
 
