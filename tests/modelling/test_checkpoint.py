@@ -84,6 +84,16 @@ def test_a_model_of_which_a_file_is_no_longer_whole_is_refused_by_its_name(
         assert refused.value.detail == f"{file} is incomplete, damaged or a Git-LFS pointer: fetch the model again"
 
 
+def test_memory_that_runs_out_is_not_blamed_on_the_model(place: Path) -> None:
+    tensors = load_file(place / "model.safetensors")
+    del tensors["embeddings.word_embeddings.weight"]  # what a checkpoint does not carry is made anew, here with 128 TB
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        base.load(Model(id=str(place)), CLASSES)
+
+
 @pytest.fixture
 def packages(tmp_path: Path) -> Iterator[Path]:
     """A place from which packages can be imported, for one test."""
