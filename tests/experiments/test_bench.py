@@ -337,7 +337,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_leaves_results_tables_and_pictures(quick: Path) -> None:
     given, runs = opened(quick)
     assert [run.header.contestant for run in runs] == ["delta", "rank 2 for all"]
-    assert [table.columns[0] for table in tables(given, runs)] == ["contestant"] * 6
+    assert [table.columns[0] for table in tables(given, runs)] == ["contestant"] * 7
     assert (quick / "report.md").read_text().startswith("# quick\n")
     assert (quick / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (quick / "curves.svg").read_text().startswith("<?xml")

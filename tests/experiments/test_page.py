@@ -67,8 +67,9 @@ def test_experiments_stand_in_the_order_of_the_contents_and_others_last_by_name(
         folder.mkdir(parents=True)
         text = (FOLDER / "quick.toml").read_text().replace('name = "quick"', f'name = "{name}"', 1)
         (folder / FILE).write_text(text)
-        made = run([4.0, 2.0], contestant="delta")
-        header = made.header.model_copy(update={"software": {"x": "1"}, "machine": {"cores": "1", "processor": "x", "system": "y"}})
+        made, given = run([4.0, 2.0], contestant="delta"), read(folder / FILE)
+        made_by = {"software": {"x": "1"}, "machine": {"cores": "1", "processor": "x", "system": "y"}}
+        header = made.header.model_copy(update=made_by | {"settings": given.digest(given.contestant("delta"))})
         Results(folder).keep(type(made)(header, made.rounds))
     (tmp_path / STORED / CONTENTS).write_text('c = "the third"\nb = "the second"\n')
     text = page(tmp_path)
