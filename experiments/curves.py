@@ -64,8 +64,9 @@ def _curves(axes: Axes, experiment: Experiment, found: Sequence[Line], looks: Lo
 
     axes.set_title(f"Held-out {metric} of the global adapter")
     ends = _plotted(axes, [(line, value(line)) for line in found], looks)
-    firsts = [line.curve(run)[0][1] for line in found for run in line.runs.values()]
-    later = [y for line in found for run in line.runs.values() for x, y in line.curve(run) if x > run.rounds[-1].round // 10] or firsts
+    seen = [line for line in found if line.kind != "local"] or found  # who is alone may end far off, and would hide all others' differences
+    firsts = [line.curve(run)[0][1] for line in seen for run in line.runs.values()]
+    later = [y for line in seen for run in line.runs.values() for x, y in line.curve(run) if x > run.rounds[-1].round // 10] or firsts
     later += _guessed(experiment)
     low, high = min(later), max(later)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)  # the first rounds may be far off
@@ -124,7 +125,7 @@ def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float,
     rounds = sorted(set.intersection(*(set(row) for row in rows)))
     means = [interval([row[n] for row in rows]) for n in rounds]
     axes.plot(rounds, [x.mean for x in means], look.line, color=look.colour, marker=look.marker, linewidth=1.8, markersize=3.5)
-    if len(rows) > 1:
+    if len(rows) > 2:  # of two seeds it would cover the picture, and say nothing
         least, most = bounds or (float("-inf"), float("inf"))
         low, high = [max(least, x.mean - (x.half or 0)) for x in means], [min(most, x.mean + (x.half or 0)) for x in means]
         axes.fill_between(rounds, low, high, color=look.colour, alpha=0.12, linewidth=0)
@@ -134,7 +135,7 @@ def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float,
 def _labelled(axes: Axes, ends: Mapping[str, float], looks: Looks, gap: float) -> None:
     """Each line's name beside its end, moved up or down as far as the others' names need."""
     ordered = sorted(ends, key=ends.__getitem__)
-    wanted = [float(axes.transLimits.transform((0, ends[name]))[1]) for name in ordered]
+    wanted = [min(max(float(axes.transLimits.transform((0, ends[name]))[1]), 0.0), 1.0) for name in ordered]
     for name, at, place in zip(ordered, wanted, spread(wanted, gap), strict=True):
         axes.plot([1.0, 1.025], [at, place], color=looks[name].colour, linewidth=0.8, transform=axes.transAxes, clip_on=False)
         axes.text(1.03, place, name, color=looks[name].colour, fontsize=9, va="center", transform=axes.transAxes)
