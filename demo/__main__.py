@@ -26,7 +26,7 @@ def main(
     label: Annotated[str, typer.Option(help="column of the label")] = "label",
     rows: Annotated[int, typer.Option(min=100, help="rows in all, of one file or of the built-in text")] = 2100,
     rounds: Annotated[int, typer.Option(min=1)] = 6,
-    minutes: Annotated[float, typer.Option(min=0.1, help="give up after so long")] = 15.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="give up after so long")] = 30.0,
     out: Annotated[Path, typer.Option(help="folder for all that is made")] = Path("out/demo"),
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON; everything else goes to stderr")] = False,
 ) -> None:
