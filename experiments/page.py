@@ -106,7 +106,7 @@ def _experiment(experiment: Experiment, runs: Sequence[Finished], trials: Sequen
 
 | contestant | who takes part | what differs in its plan |
 |---|---|---|
-{chr(10).join(_contestant(tuning.frozen(experiment, c, trials)) for c in there)}
+{chr(10).join(_contestant(experiment, tuning.frozen(experiment, c, trials)) for c in there)}
 
 ![Curves of all contestants]({IMAGES}/evidence-{experiment.name}.png)
 
@@ -132,5 +132,7 @@ def _answer(experiment: Experiment) -> str:
     return "" if experiment.answer is None else f"\n**Answer.** {experiment.answer.strip()}\n"
 
 
-def _contestant(contestant: Contestant) -> str:
-    return f"| {contestant.name} | {sentences.part(contestant)} | `{settings(contestant.plan)}` |"
+def _contestant(experiment: Experiment, contestant: Contestant) -> str:
+    chosen = "ranks" in {*experiment.plan, *contestant.plan}
+    who = sentences.part(contestant, "the rank that the plan's policy gives it") if chosen else sentences.part(contestant)
+    return f"| {contestant.name} | {who} | {f'`{settings(contestant.plan)}`' if contestant.plan else 'nothing'} |"

@@ -15,7 +15,9 @@ def protocol(experiment: Experiment) -> str:
     partition, measures = experiment.partition, experiment.measures
     cohort = experiment.plan.get("cohort")
     target = cohort.get("target") if isinstance(cohort, dict) else None
-    rows = "all rows shared out" if partition.rows is None else f"{partition.rows} rows each"
+    rows = (
+        "all rows shared out" if partition.rows is None else f"{partition.rows} rows each{' on average' * (partition.kind == 'quantity')}"
+    )
     mix = (
         f" ({partition.kind}, α = {partition.alpha:g}, over {partition.over})" if partition.kind == "dirichlet" else f" ({partition.kind})"
     )
@@ -41,9 +43,9 @@ def nth(every: int) -> str:
     return f" {every}{ending}"
 
 
-def part(contestant: Contestant) -> str:
-    """Who takes part in a contestant's federation."""
-    rank = "its class's rank" if contestant.rank is None else f"rank {contestant.rank}"
+def part(contestant: Contestant, own: str = "its class's rank") -> str:
+    """Who takes part in a contestant's federation; `own` says which rank a client has where not all have one."""
+    rank = own if contestant.rank is None else f"rank {contestant.rank}"
     match contestant.kind:
         case "centralised":
             strongest = "the largest rank" if contestant.rank is None else rank

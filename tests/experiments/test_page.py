@@ -34,6 +34,8 @@ def test_what_is_no_federation_is_said_to_be_none() -> None:
     assert sentences.part(one).startswith("no federation: one machine with all rows, at rank 16")
     assert "at the largest rank" in sentences.part(one.model_copy(update={"rank": None}))
     assert sentences.part(Contestant(name="rank 2 for all", rank=2)) == "all clients, at rank 2"
+    assert sentences.part(Contestant(name="ours"), "the rank that suits it") == "all clients, each at the rank that suits it"
+    assert sentences.part(Contestant(name="rank 2 for all", rank=2), "the rank that suits it") == "all clients, at rank 2"
 
 
 def test_hours_are_those_of_all_parts_of_all_stored_runs() -> None:
