@@ -29,10 +29,17 @@ def train(
     base = published.round_of(session, run.id, round.number - 1)
     assert base is not None, "a round opens only after the one before it was published"
     views = cohort.assign(session, run.id, plan, chosen, able)
-    handed, deadline = published.starts(session, base.id), _deadline(plan, round, now)
+    starts, slices = published.starts(session, base.id), published.slices(session, base.id)
     portion = aggregation.load(plan.strategy.name).portion
-    trained = {c.id: portions.directions(portion, plan, views[c.id].rank, round.number, c.name) for c in chosen}
-    return _queue(session, round, JobKind.train, chosen, views, handed, deadline, now, trained)
+    handed, trained = {}, {}
+    for client in chosen:
+        view = views[client.id]
+        if view.whole is False:
+            handed[client.id] = slices[view.rank]
+        else:
+            handed[client.id] = starts[view.rank]
+            trained[client.id] = portions.directions(portion, plan, view.rank, round.number, client.name)
+    return _queue(session, round, JobKind.train, chosen, views, handed, _deadline(plan, round, now), now, trained)
 
 
 def _deadline(plan: Plan, round: Round, now: datetime) -> datetime:
@@ -46,7 +53,7 @@ def _queue(
     kind: JobKind,
     chosen: Sequence[Client],
     views: dict[str, RankView],
-    handed: dict[int, BlobRef],
+    handed: Mapping[str, BlobRef],  # by client
     deadline: datetime,
     now: datetime,
     directions: Mapping[str, list[int] | None] = MappingProxyType({}),  # by client; all if none
@@ -55,7 +62,7 @@ def _queue(
     new = []
     for client in chosen:
         view = views[client.id]
-        slice = handed[view.rank]
+        slice = handed[client.id]
         own = {"id": access.new_id("job"), "client_id": client.id, "directions": directions.get(client.id)}
         start = {"rank": view.rank, "rank_view": view.model_dump(mode="json"), "base": slice.digest, "base_bytes": slice.bytes}
         new.append(same | own | start)
@@ -82,7 +89,8 @@ def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: floa
     if plan.evaluation.rank is not None:
         views = {id: RankView(rank=plan.evaluation.rank, reason="the plan's rank for evaluation") for id in views}
     deadline = now + timedelta(seconds=plan.times.round)
-    return _queue(session, round, JobKind.evaluate, able, views, published.slices(session, round.id), deadline, now)
+    slices = published.slices(session, round.id)
+    return _queue(session, round, JobKind.evaluate, able, views, {id: slices[view.rank] for id, view in views.items()}, deadline, now)
 
 
 def expire(session: Session, run: Run, now: datetime) -> None:

@@ -24,7 +24,7 @@ class History:
 
 
 NEW = History()
-_Found = Select[str, int, dict[str, Any] | None]  # client, rank, result
+_Found = Select[str, int, dict[str, Any] | None, list[int] | None]  # client, rank, result, directions
 
 
 def candidate(name: str, labels: Mapping[str, str], profile: Profile, history: History) -> ranks.Candidate:
@@ -45,7 +45,7 @@ def of_clients(session: Session, run_id: str, client_ids: Sequence[str]) -> dict
 def _histories(session: Session, latest: _Latest, which: Mapping[str, object]) -> dict[str, History]:
     connection = session.connection()
     measured = {
-        row.client_id: ranks.Measured(rank=row.rank, usage=Usage.model_validate(row.result["usage"]))
+        row.client_id: ranks.Measured(row.rank, Usage.model_validate(row.result["usage"]), whole=row.directions is not None)
         for row in connection.execute(latest.accepted, which)
         if row.result is not None
     }
@@ -68,7 +68,7 @@ def _latest(*which: ColumnElement[bool]) -> _Found:
     mine = (Job.kind == JobKind.train, Round.run_id == bindparam("run"), *which)
     newest = select(func.max(Job.round_id), Job.client_id).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id)
     these = (Job.kind == JobKind.train, tuple_(Job.round_id, Job.client_id).in_(newest))
-    return select(Job.client_id, Job.rank, Job.result).where(*these)
+    return select(Job.client_id, Job.rank, Job.result, Job.directions).where(*these)
 
 
 _OF_RUN = _Latest.of()

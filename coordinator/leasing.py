@@ -156,10 +156,11 @@ class _Desk:
         left = (deadline - self._now).total_seconds()
         history = self._histories(job.run_id).get(job.client_id, histories.NEW)
         candidate = histories.candidate(job.client_name, job.labels, Profile.model_validate(job.profile), history)
-        steps = ranks.steps_within(plan, candidate, job.rank, left)
+        whole = job.directions is not None
+        steps = ranks.steps_within(plan, candidate, job.rank, left, whole=whole)
         if steps:
             return _Term(deadline, steps if steps < plan.training.steps(ranks.examples(plan, candidate)) else None)
-        needs = ranks.needs(plan, candidate, job.rank)
+        needs = ranks.needs(plan, candidate, job.rank, whole=whole)
         return _Term(deadline, None, f"too little time to hand it out: {left:.3g} s are left; {needs}")
 
 

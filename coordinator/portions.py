@@ -20,15 +20,21 @@ class Portion(StrEnum):
 
     leading = "leading"  # the first r directions; all of them
     whole = "whole"  # all directions; the first r
+    carried = "carried"  # all directions to whom can carry them, the first r to others; the first r
     rotating = "rotating"  # all directions; r of them, drawn anew for every client and round
     on_top = "on-top"  # all directions and r fresh ones behind them; the fresh ones
+
+    @property
+    def optional(self) -> bool:
+        """Whether a client that cannot carry the file for its rank starts from its slice, and trains all of that."""
+        return self is Portion.carried
 
     def held(self, rank: int, cap: int) -> int:
         """How many directions the file for that rank holds."""
         match self:
             case Portion.leading:
                 return rank
-            case Portion.whole | Portion.rotating:
+            case Portion.whole | Portion.carried | Portion.rotating:
                 return cap
             case Portion.on_top:
                 return cap + rank
@@ -38,7 +44,7 @@ class Portion(StrEnum):
         match self:
             case Portion.leading:
                 return None
-            case Portion.whole:
+            case Portion.whole | Portion.carried:
                 return list(range(rank))
             case Portion.rotating:
                 return sorted(random.Random(seed).sample(range(cap), rank))

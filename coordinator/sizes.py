@@ -1,4 +1,8 @@
-"""What a client of a rank is handed, trains and sends back under a plan's strategy: in directions, numbers and bytes."""
+"""What a client of a rank is handed, trains and sends back under a plan's strategy: in directions, numbers and bytes.
+
+Some strategies hand out the whole adapter to whom can carry it: there `whole` asks for a client that is handed it, and what is told
+otherwise is of one that is not. Elsewhere it makes no difference.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,15 @@ def strategy(plan: Plan) -> type[Strategy]:
     return aggregation.load(plan.strategy.name)
 
 
-def held(plan: Plan, rank: int) -> int:
+def held(plan: Plan, rank: int, *, whole: bool = False) -> int:
     """The directions that a client of that rank starts from; it trains `rank` of them."""
-    return strategy(plan).portion.held(rank, plan.global_rank)
+    portion = strategy(plan).portion
+    return rank if portion.optional and not whole else portion.held(rank, plan.global_rank)
 
 
-def held_numbers(plan: Plan, rank: int) -> int:
+def held_numbers(plan: Plan, rank: int, *, whole: bool = False) -> int:
     """The numbers of what a client of that rank starts from."""
-    return layout(plan).numbers(held(plan, rank))
+    return layout(plan).numbers(held(plan, rank, whole=whole))
 
 
 def trained_numbers(plan: Plan, rank: int) -> int:
@@ -38,9 +43,9 @@ def trained_numbers(plan: Plan, rank: int) -> int:
     return plan.adapter.trained(layout(plan)).numbers(rank, strategy(plan).sides)
 
 
-def start_bytes(plan: Plan, rank: int) -> int:
+def start_bytes(plan: Plan, rank: int, *, whole: bool = False) -> int:
     """About how long the file is that a client of that rank starts from, rather too long than too short."""
-    return _file_bytes(layout(plan), held(plan, rank), plan.wire, Sides.both)
+    return _file_bytes(layout(plan), held(plan, rank, whole=whole), plan.wire, Sides.both)
 
 
 def upload_bytes(plan: Plan, rank: int) -> int:

@@ -145,8 +145,8 @@ Which one? What follows is what [the evidence](evidence.md) shows, on small mode
 - `delta`, the default, where clients' machines differ and little shall travel: each starts from its own slice, and what that does not
   hold is kept. Devices of larger ranks gain by it. Those of the smallest run a cut of what was learned as a whole: in the language
   model's experiment that was worse (by 0.06 in the loss) than what they learn among themselves at that rank; on QQP it was not.
-- `folded` where every client may hold and fetch the whole adapter at the plan's cap: it trains its own rank of it and runs all of it, and
-  every class of devices gains alike, for half as many bytes again. Where each strategy was tuned it ended lowest of all that merge
+- `folded` where clients can carry the whole adapter at the plan's cap: each trains its own rank of it and runs all of it, and
+  every class of devices gains alike, for half as many bytes again. Whoever cannot carry it starts from its slice, as under `delta`. Where each strategy was tuned it ended lowest of all that merge
   unequal ranks; `fedex`, which hands out the whole adapter too, was level with it, with a larger cap and two thirds more bytes.
 - `training.cooling = 0.1` took 0.03 off the last loss of either; `momentum = 0.5` takes little, and for `delta` nothing beyond chance.
 - On QQP `raflora`, which averages each direction over those who train it, and `delta` with momentum learn soonest, and neither ends
@@ -176,6 +176,10 @@ strategy's choices:
 | r D | the adapter's first r directions | all of them |
 | R_g D | all of the adapter | the first r, or r that are drawn for it anew in every round; the others stay frozen |
 | (R_g + r) D | all of the adapter, and r fresh directions on top | the fresh ones; the adapter stays frozen |
+
+Under `folded` each client that its link, memory and owner let carry the whole adapter beside its rank starts from it, at no step less; the
+others start from their first r directions, in the same round. The rank comes first: it is what `delta` would give. `rounds show` says
+who started from what, and why.
 
 With one scale for all ranks, which is the default, those who start from all of the adapter share one file. What a strategy keeps
 is the sum's best approximation at the cap, in singular form, or factors that go on being trained as they are: the clients' own

@@ -129,6 +129,7 @@ class _Course:
             measures={rank: {kind: _brief(values) for kind, values in kinds.items()} for rank, kinds in measures.items()},
             seconds=seconds,
             drawn={job.client_name: job.rank.rank for job in sorted(jobs, key=_named)},
+            sliced=[job.client_name for job in sorted(jobs, key=_named) if job.rank.whole is False],
             steps={job.client_name: job.usage.steps for job in sorted(jobs, key=_named) if job.state is JobState.accepted and job.usage},
         )
 
@@ -166,6 +167,7 @@ def _header(setup: Setup, contestant: Contestant, plan: Plan, rounds: Sequence[R
         ranks=_by_class(setup, contestant, rounds),
         mixes={name: _brief(mix) for name, mix in fleet.mixes(setup.members, setup.training).items()},
         headline=_headline(plan),
+        sliced=_sliced(setup, rounds),
         software=records.software(),
         machine=records.machine(),
         rounds=plan.rounds,
@@ -187,6 +189,14 @@ def _by_class(setup: Setup, contestant: Contestant, rounds: Sequence[RoundRecord
     return {kind: min(counts, key=lambda rank: (-counts[rank], rank)) for kind, counts in given.items() if counts}
 
 
+def _sliced(setup: Setup, rounds: Sequence[RoundRecord]) -> list[str]:
+    """The classes of which most jobs started from a slice because the whole adapter was too much."""
+    kinds = {member.name: member.kind.name for member in setup.members}
+    jobs = Counter(kinds[name] for round in rounds for name in round.drawn)
+    sliced = Counter(kinds[name] for round in rounds for name in round.sliced)
+    return sorted(kind for kind, count in sliced.items() if 2 * count > jobs[kind])
+
+
 def _together(rounds: Sequence[RoundRecord], headline: int) -> RoundRecord:
     """The same round of federations that never meet: measures as means, each at its own rank; counts and seconds as sums."""
     if len(rounds) == 1:
@@ -203,6 +213,7 @@ def _together(rounds: Sequence[RoundRecord], headline: int) -> RoundRecord:
         measures={headline: _means(measured)} if measured else {},
         seconds=Seconds(**{name: rounded(sum(getattr(r.seconds, name) for r in rounds)) for name in Seconds.model_fields}),
         drawn={name: rank for round in rounds for name, rank in round.drawn.items()},
+        sliced=[name for round in rounds for name in round.sliced],
         steps={name: steps for round in rounds for name, steps in round.steps.items()},
     )
 

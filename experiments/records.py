@@ -54,6 +54,7 @@ class Header(Record):
     ranks: dict[str, int]  # class of device → the rank that it runs: what its class says, or else what most of its jobs were given
     mixes: dict[str, dict[str, float]]  # class → kind of rows → share of its rows
     headline: int  # the rank at which the largest devices hold the adapter: where it is looked at first
+    sliced: list[str] = []  # classes that hold their slices alone, under a strategy that hands out the whole adapter to whom can carry it
     software: dict[str, str]
     machine: dict[str, str]
     failed: str | None = None  # why there are no rounds: tried settings may be none that learn
@@ -89,6 +90,7 @@ class RoundRecord(Record):
     measures: dict[int, dict[str, dict[str, float]]]  # rank → ALL, or kind of rows → metric
     seconds: Seconds
     drawn: dict[str, int] = {}  # client that was given a training job → its rank
+    sliced: list[str] = []  # of these, who started from its slice because it cannot carry the whole adapter
     steps: dict[str, int] = {}  # client whose contribution came → the optimiser steps that it did
 
 

@@ -23,7 +23,7 @@ class Line:
     name: str
     runs: Mapping[int, Finished]
     metric: str
-    whole: bool = False  # every device holds all of the adapter, of which it trains its rank
+    whole: bool = False  # a device holds all of the adapter, of which it trains its rank, unless its class is said to hold slices alone
     kind: str = "federated"
 
     def final(self) -> BySeed:
@@ -69,7 +69,8 @@ class Line:
         found = {}
         for seed, run in self.runs.items():
             last = run.rounds[-1].measures
-            at = last.get(run.header.headline if self.whole else run.header.ranks.get(kind, 0))
+            whole = self.whole and kind not in run.header.sliced
+            at = last.get(run.header.headline if whole else run.header.ranks.get(kind, 0))
             if at is not None and run.header.mixes[kind].keys() <= at.keys():
                 found[seed] = sum(share * at[rows][self.metric] for rows, share in run.header.mixes[kind].items())
             elif at is not None:

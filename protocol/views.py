@@ -38,6 +38,9 @@ class RankView(Strict):
     limits: dict[str, int | None] = Field(
         default={}, description="largest rung that each consideration allows; null where it sets no limit"
     )
+    whole: bool | None = Field(
+        default=None, description="whether it starts from the whole adapter; null where the strategy does not ask what a client carries"
+    )
 
 
 class JobView(Strict):

@@ -47,6 +47,7 @@ GROUP = "hlora.strategies"
 DOWN: Mapping[Portion, str] = {
     Portion.leading: "r D",
     Portion.whole: "R_g D",
+    Portion.carried: "R_g D",  # or r D, to whom cannot carry so much
     Portion.rotating: "R_g D",
     Portion.on_top: "(R_g + r) D",
 }
@@ -162,6 +163,11 @@ def _checked(name: str, found: object) -> type[Strategy]:
         raise errors.InvalidPlan(f"{name!r} is no Strategy but {found!r}")
     if found.singular and found.keep is not Strategy.keep:
         raise errors.InvalidPlan(f"strategy {name} keeps factors of its own (keep); then it must say singular = False")
+    if found.portion.optional and not (found.singular and found.stale):
+        raise errors.InvalidPlan(
+            f"strategy {name} lets clients start from their slices where others start from the whole adapter (portion {found.portion}); "
+            "that goes with sums of changes (stale = True) that keep singular form"
+        )
     return found
 
 

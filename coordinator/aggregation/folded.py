@@ -8,13 +8,15 @@ from coordinator.aggregation import Changes, Portion
 class Folded(Changes):
     """The sum of `delta`, from clients that have the whole adapter: they train its first r directions, the others stay frozen.
 
-    So no client starts from a model that lacks what its rank cannot hold, and the cap may be above the ladder's largest rank.
+    So no client starts from a model that lacks what its rank cannot hold, and the cap may be above the ladder's largest rank. Where
+    a client's link, memory or owner does not carry the whole adapter beside its rank, it starts from its slice, as under `delta`:
+    the sum is one of changes, each told from where it began.
     Source: the change form of FedHL, arXiv:2505.18494; the frozen remainder is added here.
     """
 
     exact = True
     linear = True
     gauge_free = True
-    portion = Portion.whole
+    portion = Portion.carried
     equation = "W ← W + Σ p (s b a − s₀ b₀ a₀)"
     source = "arXiv:2505.18494"

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 
 from pydantic import ValidationError
 
-from coordinator.sizes import held_numbers, layout, start_bytes, trained_numbers, upload_bytes
+from coordinator.sizes import held_numbers, layout, start_bytes, strategy, trained_numbers, upload_bytes
 from protocol import errors
 from protocol.contents import HEADER_SLACK
 from protocol.messages import Profile, Usage
@@ -35,6 +35,7 @@ class Measured:
 
     rank: int
     usage: Usage
+    whole: bool = False  # it started from the whole adapter, where that was a choice
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Policy(Strict):
     @abstractmethod
     def choose(self, plan: Plan, candidate: Candidate, population: Population, rungs: Sequence[int]) -> RankView:
         """One of the rungs, and why. Called only where there is no obstacle."""
+
+    def carries(self, plan: Plan, candidate: Candidate, rank: int) -> bool:
+        """Whether the candidate can also start from the whole adapter at that rank: here, if that costs it no step of a job."""
+        own, whole = (steps_within(plan, candidate, rank, plan.times.job, whole=whole) for whole in (False, True))
+        return whole >= own
 
 
 def names() -> list[str]:
@@ -147,7 +153,13 @@ def choose(plan: Plan, candidate: Candidate, population: Population) -> RankView
     obstacle = fits(plan, candidate)
     if obstacle is not None:
         raise errors.PolicyRefusal(obstacle)
-    return configured(plan.ranks).choose(plan, candidate, population, allowed(plan, candidate.profile))
+    policy = configured(plan.ranks)
+    view = policy.choose(plan, candidate, population, allowed(plan, candidate.profile))
+    if not strategy(plan).portion.optional:
+        return view
+    whole = _within_bytes(plan, candidate.profile, view.rank, whole=True) and policy.carries(plan, candidate, view.rank)
+    why = "" if whole else "; it starts from its slice, for the whole adapter is more than it can carry beside"
+    return view.model_copy(update={"whole": whole, "reason": view.reason + why})
 
 
 # --- what every policy obeys -------------------------------------------------------------------------------------------
@@ -161,9 +173,14 @@ def examples(plan: Plan, candidate: Candidate) -> int:
 
 def allowed(plan: Plan, profile: Profile) -> list[int]:
     """The rungs of the ladder within the owner's limits on the rank and on a job's bytes (one file down, one up)."""
-    largest, most = profile.limits.largest_rank, profile.limits.max_bytes
+    largest = profile.limits.largest_rank
     rungs = plan.ranks.ladder if largest is None else [r for r in plan.ranks.ladder if r <= largest]
-    return [r for r in rungs if most is None or start_bytes(plan, r) + upload_bytes(plan, r) + HEADER_SLACK <= most]
+    return [r for r in rungs if _within_bytes(plan, profile, r)]
+
+
+def _within_bytes(plan: Plan, profile: Profile, rank: int, *, whole: bool = False) -> bool:
+    most = profile.limits.max_bytes
+    return most is None or start_bytes(plan, rank, whole=whole) + upload_bytes(plan, rank) + HEADER_SLACK <= most
 
 
 def owner_words(profile: Profile) -> str:
@@ -177,12 +194,12 @@ def owner_words(profile: Profile) -> str:
 # --- what a job takes of a client's time -------------------------------------------------------------------------------
 
 
-def steps_within(plan: Plan, candidate: Candidate, rank: int, seconds: float) -> int:
+def steps_within(plan: Plan, candidate: Candidate, rank: int, seconds: float, *, whole: bool = False) -> int:
     """How many of the plan's optimiser steps, with one file down and one up, that time can hold; 0 if not even one.
 
     One step may fill it; more are given only as they fit its share SAFETY.
     """
-    link, step = link_seconds(plan, candidate, rank), step_seconds(plan, candidate, rank)
+    link, step = link_seconds(plan, candidate, rank, whole=whole), step_seconds(plan, candidate, rank, whole=whole)
     wanted, room = plan.training.steps(examples(plan, candidate)), SAFETY * seconds - link
     if link + step > seconds:
         return 0
@@ -191,16 +208,16 @@ def steps_within(plan: Plan, candidate: Candidate, rank: int, seconds: float) ->
     return wanted if wanted * step <= room else min(wanted, int(room / step))
 
 
-def needs(plan: Plan, candidate: Candidate, rank: int) -> str:
+def needs(plan: Plan, candidate: Candidate, rank: int, *, whole: bool = False) -> str:
     """What the least job takes of the client's time, in words for an operator."""
-    step, link = step_seconds(plan, candidate, rank), link_seconds(plan, candidate, rank)
+    step, link = step_seconds(plan, candidate, rank, whole=whole), link_seconds(plan, candidate, rank, whole=whole)
     return f"a single step at rank {rank} takes about {step:.3g} s, and slices {link:.3g} s on the link"
 
 
-def link_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
+def link_seconds(plan: Plan, candidate: Candidate, rank: int, *, whole: bool = False) -> float:
     """One file down and one up; a direction of unknown speed takes no time."""
     down, up = speeds(candidate)
-    return (start_bytes(plan, rank) / down if down else 0.0) + (upload_bytes(plan, rank) / up if up else 0.0)
+    return (start_bytes(plan, rank, whole=whole) / down if down else 0.0) + (upload_bytes(plan, rank) / up if up else 0.0)
 
 
 def speeds(candidate: Candidate) -> tuple[float | None, float | None]:
@@ -214,7 +231,7 @@ def speeds(candidate: Candidate) -> tuple[float | None, float | None]:
     return down, up
 
 
-def step_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
+def step_seconds(plan: Plan, candidate: Candidate, rank: int, *, whole: bool = False) -> float:
     """One optimiser step: the measured one times F(rank) / F(its rank), or else F(rank) / training_flops.
 
     A step of B · accumulate rows of T tokens costs F(r) = B · accumulate · T · (4 P + 4 D(r) + 2 N(r)) operations: the base and
@@ -224,16 +241,16 @@ def step_seconds(plan: Plan, candidate: Candidate, rank: int) -> float:
     """
     measured = candidate.measured
     if measured is not None and measured.usage.step_seconds:
-        return measured.usage.step_seconds * _operations(plan, rank) / _operations(plan, measured.rank)
-    return _operations(plan, rank) / candidate.profile.training_flops
+        return measured.usage.step_seconds * _operations(plan, rank, whole) / _operations(plan, measured.rank, measured.whole)
+    return _operations(plan, rank, whole) / candidate.profile.training_flops
 
 
-def _operations(plan: Plan, rank: int) -> float:
+def _operations(plan: Plan, rank: int, whole: bool) -> float:
     training, base = plan.training, layout(plan).base
     used = base.parameters if isinstance(plan.task, CausalLM) else max(0, base.parameters - base.vocabulary * base.hidden)
     return (
         training.batch_size
         * training.accumulate
         * plan.task.max_length
-        * (4 * used + 4 * held_numbers(plan, rank) + 2 * trained_numbers(plan, rank))
+        * (4 * used + 4 * held_numbers(plan, rank, whole=whole) + 2 * trained_numbers(plan, rank))
     )

@@ -107,15 +107,20 @@ class Capacity(Policy):
             why = "the ladder's largest rank fits the client's memory, link and data"
         return RankView(rank=rank, reason=f"{rank}: {why}", limits={"owner": owned, **limits})
 
-    def _machine(self, plan: Plan, candidate: Candidate) -> list[Demand]:
-        return [_memory(plan, candidate, self.memory_share), _link(plan, candidate, self.link_share)]
+    def carries(self, plan: Plan, candidate: Candidate, rank: int) -> bool:
+        """Whether memory and link carry the whole adapter too, at no step less."""
+        machine = self._machine(plan, candidate, whole=True)
+        return super().carries(plan, candidate, rank) and all(d.need(rank) <= d.budget for d in machine)
+
+    def _machine(self, plan: Plan, candidate: Candidate, *, whole: bool = False) -> list[Demand]:
+        return [_memory(plan, candidate, self.memory_share, whole), _link(plan, candidate, self.link_share, whole)]
 
 
 def _least(demands: Sequence[Demand], rungs: Sequence[int], spare: float = 0.0) -> int:
     return min(d.largest(rungs, spare) or rungs[0] for d in demands)
 
 
-def _memory(plan: Plan, candidate: Candidate, share: float) -> Demand:
+def _memory(plan: Plan, candidate: Candidate, share: float, whole: bool) -> Demand:
     base, rows, profile = layout(plan).base, plan.training.batch_size * plan.task.max_length, candidate.profile
     wish = plan.training.precision
     half = wish != "float32" if wish != "auto" else set(profile.precisions) != {Dtype.float32}
@@ -124,27 +129,27 @@ def _memory(plan: Plan, candidate: Candidate, share: float) -> Demand:
     process = PROCESS_BYTES if profile.device == "cpu" else 0
     fixed = width * base.parameters + width * 17 * rows * base.layers * base.hidden + logits + process
 
-    def own(rank: int) -> int:
-        """The part that grows with the rank."""
+    def own(rank: int, whole: bool = whole) -> int:
+        """The part that grows with what is held and trained."""
         trained = trained_numbers(plan, rank)
-        return 16 * trained + 4 * (held_numbers(plan, rank) - trained) + 4 * rows * rank * len(layout(plan).modules)
+        return 16 * trained + 4 * (held_numbers(plan, rank, whole=whole) - trained) + 4 * rows * rank * len(layout(plan).modules)
 
     measured, total = candidate.measured, profile.memory_bytes
     peak = measured.usage.peak_memory_bytes if measured else None
     if measured and peak:
-        start, source = peak - own(measured.rank), f"{_bytes(peak)} measured at rank {measured.rank}"
+        start, source = peak - own(measured.rank, measured.whole), f"{_bytes(peak)} measured at rank {measured.rank}"
     else:
         start, source = fixed, "estimated"
     words = f"the memory ({_bytes(share * total)} of {_bytes(total)} usable, {source}) holds at most rank {{rank}}"
     return Demand("memory", lambda rank: start + own(rank), share * total, words, _bytes)
 
 
-def _link(plan: Plan, candidate: Candidate, share: float) -> Demand:
+def _link(plan: Plan, candidate: Candidate, share: float, whole: bool) -> Demand:
     known = [(speed, way) for speed, way in zip(speeds(candidate), ("down", "up"), strict=True) if speed]
     shown = ", ".join(f"{_bytes(speed)}/s {way}" for speed, way in known)
     words = f"the link ({shown}) carries at most rank {{rank}} in {_percent(share)} of the job's time"
     budget = share * plan.times.job if known else math.inf
-    return Demand("link", lambda rank: link_seconds(plan, candidate, rank), budget, words, _seconds)
+    return Demand("link", lambda rank: link_seconds(plan, candidate, rank, whole=whole), budget, words, _seconds)
 
 
 def _data(plan: Plan, candidate: Candidate, population: Population) -> Demand:

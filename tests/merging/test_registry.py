@@ -128,6 +128,18 @@ class Keeper(Delta):
         aggregation.load("keeper")
 
 
+@pytest.mark.parametrize("claim", ["stale = False", "singular = False"])
+def test_only_sums_of_changes_in_singular_form_let_clients_begin_differently(
+    claim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"from coordinator.aggregation.folded import Folded\n\nclass Mixed(Folded):\n    {claim}\n"
+    name = claim.partition(" ")[0]
+    install(tmp_path, name, text, f"{name}:Mixed", f"mixed_{name}")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(errors.InvalidPlan, match="goes with sums of changes"):
+        aggregation.load(f"mixed_{name}")
+
+
 def test_a_file_of_the_folder_without_a_strategy_is_refused_and_one_that_hides_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

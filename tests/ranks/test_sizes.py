@@ -32,10 +32,10 @@ def length(plan: Plan, rank: int, sides: Sides) -> int:
 def test_files_down_and_up_are_about_as_long_as_estimated_and_never_longer(name: str) -> None:
     plan, sides = plan_of(name), aggregation.load(name).sides
     down, up = length(plan, SHARES.get(name, 4), Sides.both), length(plan, 4, sides)
-    assert down <= sizes.start_bytes(plan, 4) <= down + 400
+    assert down <= sizes.start_bytes(plan, 4, whole=True) <= down + 400
     assert up <= sizes.upload_bytes(plan, 4) <= up + 800
-    both_ways = sizes.start_bytes(plan, 4) + sizes.upload_bytes(plan, 4)
-    assert ranks.link_seconds(plan, make_candidate(link=1000), 4) == pytest.approx(both_ways / 1000)
+    both_ways = sizes.start_bytes(plan, 4, whole=True) + sizes.upload_bytes(plan, 4)
+    assert ranks.link_seconds(plan, make_candidate(link=1000), 4, whole=True) == pytest.approx(both_ways / 1000)
 
 
 @pytest.mark.parametrize("name", ["delta", "ffa"])
@@ -55,7 +55,7 @@ def test_the_file_up_follows_the_plans_uploads_and_the_one_down_does_not(uploads
 def test_what_a_strategy_says_of_its_traffic_is_what_travels(name: str) -> None:
     plan, kind = plan_of(name), aggregation.load(name)
     for said, numbers in (
-        (aggregation.DOWN[kind.portion], sizes.held_numbers(plan, 4)),
+        (aggregation.DOWN[kind.portion], sizes.held_numbers(plan, 4, whole=True)),
         (aggregation.UP[kind.sides], sizes.trained_numbers(plan, 4)),
     ):
         of_a_module = re.sub(r"(?<=[\w)]) (?=\w)", " * ", said).replace("R_g", str(CAP))
@@ -64,7 +64,7 @@ def test_what_a_strategy_says_of_its_traffic_is_what_travels(name: str) -> None:
 
 def test_what_is_frozen_costs_a_step_no_gradients_of_its_own() -> None:
     """4 for each number that is handed out, 2 more for each that is trained."""
-    whole, part = (ranks.step_seconds(plan_of(name), make_candidate(speed=1.0), 4) for name in ("folded", "delta"))
+    whole, part = (ranks.step_seconds(plan_of(name), make_candidate(speed=1.0), 4) for name in ("rotating", "delta"))
     assert whole - part == pytest.approx(8 * 16 * 4 * (LAYOUT.numbers(CAP) - LAYOUT.numbers(4)))
     both, b_alone = (ranks.step_seconds(plan_of(name), make_candidate(speed=1.0), 4) for name in ("delta", "ffa"))
     assert both - b_alone == pytest.approx(8 * 16 * 2 * LAYOUT.numbers(4) / 2)
@@ -82,7 +82,7 @@ def least_memory(name: str) -> int:
 
 
 def test_frozen_numbers_take_four_bytes_of_memory_each_where_trained_ones_take_sixteen() -> None:
-    assert least_memory("folded") - least_memory("delta") == 4 * (LAYOUT.numbers(CAP) - LAYOUT.numbers(16))
+    assert least_memory("rotating") - least_memory("delta") == 4 * (LAYOUT.numbers(CAP) - LAYOUT.numbers(16))
     assert least_memory("delta") - least_memory("ffa") == (16 - 4) * LAYOUT.numbers(16) // 2
 
 
@@ -90,5 +90,5 @@ def test_an_owners_bytes_are_those_of_the_file_that_is_handed_out() -> None:
     room = 2 * sizes.start_bytes(plan_of("delta"), 4) + 5000
     seen = make_candidate(max_bytes=room)
     assert ranks.allowed(plan_of("delta"), seen.profile) == [2, 4]
-    assert ranks.allowed(plan_of("folded"), seen.profile) == []
-    assert "bytes a job" in str(ranks.fits(plan_of("folded"), seen))
+    assert ranks.allowed(plan_of("rotating"), seen.profile) == []
+    assert "bytes a job" in str(ranks.fits(plan_of("rotating"), seen))
