@@ -146,8 +146,9 @@ Which one? What follows is what [the evidence](evidence.md) shows, on small mode
   hold is kept. Devices of larger ranks gain by it. Those of the smallest run a cut of what was learned as a whole: in the language
   model's experiment that was worse (by 0.06 in the loss) than what they learn among themselves at that rank; on QQP it was not.
 - `folded` where clients can carry the whole adapter at the plan's cap: each trains its own rank of it and runs all of it, and
-  every class of devices gains alike, for half as many bytes again. Whoever cannot carry it starts from its slice, as under `delta`. Where each strategy was tuned it ended lowest of all that merge
-  unequal ranks; `fedex`, which hands out the whole adapter too, was level with it, with a larger cap and two thirds more bytes.
+  every class of devices gains alike, for half as many bytes again. Whoever cannot carry it starts from its slice, as under `delta`.
+  Where each strategy was tuned it ended lowest of all that merge unequal ranks; `fedex`, which hands out the whole adapter too, was
+  level with it, with a larger cap and two thirds more bytes.
 - `training.cooling = 0.1` took 0.03 off the last loss of either; `momentum = 0.5` takes little, and for `delta` nothing beyond chance.
 - On QQP `raflora`, which averages each direction over those who train it, and `delta` with momentum learn soonest, and neither ends
   beyond chance above the other.

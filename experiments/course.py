@@ -167,7 +167,7 @@ def _header(setup: Setup, contestant: Contestant, plan: Plan, rounds: Sequence[R
         ranks=_by_class(setup, contestant, rounds),
         mixes={name: _brief(mix) for name, mix in fleet.mixes(setup.members, setup.training).items()},
         headline=_headline(plan),
-        sliced=_sliced(setup, rounds),
+        sliced=_sliced(setup, rounds) if contestant.kind == "federated" else [],
         software=records.software(),
         machine=records.machine(),
         rounds=plan.rounds,
