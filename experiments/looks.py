@@ -2,7 +2,7 @@
 
 colour     the strategy; where one rank is for all, darker with the rank, and grey for federated averaging
 shade      the darker the more momentum
-line       solid; dashed with one rank for all; dotted with a cap or coarser numbers of its own; dash and dot for what is no federation
+line       solid; dashed with one rank for all; dotted with a cap, ranks or coarser numbers of its own; dash and dot for what is no federation
 dots       the learning rate cools
 """
 
@@ -68,7 +68,7 @@ def _dashes(contestant: Contestant) -> str:
         return "-."
     if contestant.rank is not None:
         return "--"
-    return ":" if contestant.plan.keys() & {"cap", "wire", "uploads"} else "-"
+    return ":" if contestant.plan.keys() & {"cap", "wire", "uploads", "ranks"} else "-"
 
 
 def _shaded(colour: str, light: float) -> str:
