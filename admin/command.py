@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from admin.client import Client
 from admin.settings import Settings
-from admin.words import printable
+from admin.words import json_text, printable
 from protocol import errors
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
@@ -74,7 +74,7 @@ def answer(value: BaseModel | Sequence[BaseModel], as_json: bool, words: Rendera
     """Print a command's result: an object or a list as JSON, or its words."""
     if as_json:
         plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else [item.model_dump(mode="json") for item in value]
-        typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+        typer.echo(json_text(json.dumps(plain, indent=2, ensure_ascii=False)))
     else:
         console().print("\n".join(map(printable, words.split("\n"))) if isinstance(words, str) else words)
 

@@ -15,7 +15,7 @@ from admin.command import connect, console
 from admin.following import Change, Snapshot, changes, look
 from admin.naming import Run, run_id
 from admin.screen import line, screen
-from admin.words import printable
+from admin.words import json_text, printable
 from protocol import errors
 from protocol.states import RunState
 
@@ -35,7 +35,7 @@ def watch(
     with connect(ctx) as client:
         id = run_id(client, run)
         if as_json:
-            last = follow(client, id, Lines(lambda change: change.model_dump_json(exclude_none=True)), interval)
+            last = follow(client, id, Lines(lambda change: json_text(change.model_dump_json(exclude_none=True))), interval)
         elif sys.stdout.isatty():
             with Live(console=console(), auto_refresh=False, vertical_overflow="crop") as live:
                 last = follow(client, id, lambda now, trouble: live.update(screen(now, trouble), refresh=True), interval)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
@@ -9,6 +10,11 @@ from datetime import UTC, datetime
 def printable(text: str) -> str:
     """A text of somebody else's on one line: what is no character to be seen as `ascii()` shows it, so that no terminal obeys it."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def json_text(text: str) -> str:
+    """A JSON text with whatever a terminal might obey escaped; it says the same to a program."""
+    return "".join(character if character.isprintable() or character == "\n" else json.dumps(character)[1:-1] for character in text)
 
 
 def size(count: float) -> str:

@@ -2,7 +2,7 @@
 
 colour     the strategy; where one rank is for all, darker with the rank, and grey for federated averaging
 shade      the darker the more momentum
-line       solid; dashed with one rank for all; dotted with a cap, ranks or coarser numbers of its own; dash and dot for what is no federation
+line       solid; dashed with one rank for all; dotted with a cap, ranks or numbers of its own; dash and dot for what is no federation
 dots       the learning rate cools
 """
 

@@ -65,9 +65,9 @@ def read_plan(file: Path, instead: dict[str, int | None]) -> Plan:
     from protocol.plan import Plan
 
     try:
-        told = tomllib.loads(file.read_text()) | {name: value for name, value in instead.items() if value is not None}
+        told = tomllib.loads(file.read_text(encoding="utf-8")) | {name: value for name, value in instead.items() if value is not None}
         return resolve(Plan.model_validate(told))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise errors.InvalidPlan(f"{file} is no TOML: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

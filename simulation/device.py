@@ -80,8 +80,8 @@ def fleet(folder: Path) -> list[Device]:
 
 def _machine(home: Path) -> Machine:
     try:
-        return Machine.model_validate(tomllib.loads((home / FILE).read_text()))
+        return Machine.model_validate(tomllib.loads((home / FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return Machine()
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise errors.InvalidProfile(f"{home / FILE}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -231,3 +232,7 @@ async def test_no_terminal_obeys_what_a_client_wrote(desk: Desk) -> None:
     assert [text for text in shown if not text.replace("\n", "").isprintable()] == []
     assert all(r"\x1b[2J\x1b]0;mine\x07\x9b8m" in text for text in shown[:3])
     assert any(r"\x1b[2J" in text for text in said)
+
+    told = desk.say("clients", "show", "device 1", "--json")
+    assert told.replace("\n", "").isprintable()
+    assert OBEYED in json.loads(told)["profile"]["datasets"]

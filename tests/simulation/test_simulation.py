@@ -218,9 +218,10 @@ def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Pa
 
 def test_a_plan_file_that_makes_no_plan_is_refused_with_the_line_at_fault(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
-    file.write_text("name = ")
-    with pytest.raises(errors.InvalidPlan, match="is no TOML"):
-        read_plan(file, {})
+    for text in (b"name = ", b'name = "caf\xe9"'):
+        file.write_bytes(text)
+        with pytest.raises(errors.InvalidPlan, match="is no TOML"):
+            read_plan(file, {})
     file.write_text('name = "words"\nrounds = 0\n')
     with pytest.raises(errors.InvalidPlan, match=r"plan\.toml: "):
         read_plan(file, {"seed": None})
