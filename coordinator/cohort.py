@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from coordinator import clients, histories, ranks
+from coordinator import clients, histories, ranks, sizes
 from coordinator.histories import NEW, History, candidate
 from coordinator.tables import Client, Job, Round
+from protocol import errors
 from protocol.messages import Profile
 from protocol.plan import Plan, SequenceClassification
 from protocol.states import JobKind, JobState
@@ -21,7 +22,7 @@ from protocol.views import RankView
 
 def eligible(session: Session, run_id: str, plan: Plan, kind: JobKind, now: datetime, pace: float) -> tuple[list[Client], dict[str, str]]:
     """The clients that can do such a job of this run, by name; and for every other one why not."""
-    refusals, known = _refusals(session, run_id), histories.of_run(session, run_id)
+    refusals, known = _refusals(session, run_id, plan), histories.of_run(session, run_id)
     able: list[Client] = []
     reasons: dict[str, str] = {}
     everybody = clients.active(session)
@@ -63,14 +64,16 @@ def _columns(plan: Plan) -> list[str]:
     return [column for column in (task.text, *extra) if column is not None]
 
 
-def _refusals(session: Session, run_id: str) -> dict[str, tuple[datetime, str]]:
-    """When and why each client last refused a job of the run."""
+def _refusals(session: Session, run_id: str, plan: Plan) -> dict[str, tuple[datetime, str]]:
+    """When and why each client last refused a job of the run, unless it may have room for a smaller start."""
     query = (
         select(Job.client_id, Job.ended_at, Job.reason)
         .join(Round, Job.round_id == Round.id)
         .where(Round.run_id == run_id, Job.state == JobState.released, Job.refusal.is_not(None))
         .order_by(Job.ended_at)
     )
+    if sizes.strategy(plan).portion.optional:
+        query = query.where(or_(Job.directions.is_(None), Job.refusal != errors.MemoryRefusal.slug()))
     return {client: (at, reason or "") for client, at, reason in session.execute(query) if at is not None}
 
 
@@ -80,14 +83,20 @@ def draw(plan: Plan, round: int, attempt: int, already: int, pool: Sequence[Clie
     return generator.sample(list(pool), min(count, len(pool)))
 
 
-def assign(session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], able: Sequence[Client]) -> dict[str, RankView]:
-    """The rank of each chosen client, by its id; `able` are the clients among which the policy compares."""
+def assign(
+    session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], able: Sequence[Client], seconds: float | None = None
+) -> dict[str, RankView]:
+    """The rank of each chosen client, by its id; `able` are the clients among which the policy compares.
+
+    For training jobs of so many seconds also whether it starts from the whole adapter.
+    """
     population = ranks.Population(examples=tuple(_examples(client, plan) for client in able))
     known = histories.of_run(session, run_id)
     views: dict[str, RankView] = {}
     for client in chosen:
         seen = candidate(client.name, client.labels, Profile.model_validate(client.profile), known.get(client.id, NEW))
-        views[client.id] = ranks.choose(plan, seen, population)
+        view = ranks.choose(plan, seen, population)
+        views[client.id] = view if seconds is None else ranks.begin(plan, seen, view, seconds)
     return views
 
 

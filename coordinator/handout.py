@@ -28,7 +28,8 @@ def train(
     """Queue training jobs of a round for the chosen, at the ranks that the policy gives them; gives the clients to wake."""
     base = published.round_of(session, run.id, round.number - 1)
     assert base is not None, "a round opens only after the one before it was published"
-    views = cohort.assign(session, run.id, plan, chosen, able)
+    deadline = _deadline(plan, round, now)
+    views = cohort.assign(session, run.id, plan, chosen, able, min(plan.times.job, (deadline - now).total_seconds()))
     starts, slices = published.starts(session, base.id), published.slices(session, base.id)
     portion = aggregation.load(plan.strategy.name).portion
     handed, trained = {}, {}
@@ -39,7 +40,7 @@ def train(
         else:
             handed[client.id] = starts[view.rank]
             trained[client.id] = portions.directions(portion, plan, view.rank, round.number, client.name)
-    return _queue(session, round, JobKind.train, chosen, views, handed, _deadline(plan, round, now), now, trained)
+    return _queue(session, round, JobKind.train, chosen, views, handed, deadline, now, trained)
 
 
 def _deadline(plan: Plan, round: Round, now: datetime) -> datetime:

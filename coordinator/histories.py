@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Select, bindparam, func, select, tuple_
+from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from coordinator import ranks
 from coordinator.tables import Job, Round
+from protocol import errors
 from protocol.messages import Profile, Usage
 from protocol.states import JobKind, JobState
 
@@ -21,15 +22,16 @@ class History:
 
     previous: int | None = None  # the last rank
     measured: ranks.Measured | None = None
+    overburdened: bool = False  # that one started from the whole adapter, and ran out of time or memory
 
 
 NEW = History()
-_Found = Select[str, int, dict[str, Any] | None, list[int] | None]  # client, rank, result, directions
+_Found = Select[str, int, dict[str, Any] | None, list[int] | None, bool]  # client, rank, result, directions, overtaxed
 
 
 def candidate(name: str, labels: Mapping[str, str], profile: Profile, history: History) -> ranks.Candidate:
     """A client as a rank policy sees it."""
-    return ranks.Candidate(name=name, labels=labels, profile=profile, measured=history.measured, previous=history.previous)
+    return ranks.Candidate(name, labels, profile, history.measured, history.previous, history.overburdened)
 
 
 def of_run(session: Session, run_id: str) -> dict[str, History]:
@@ -49,7 +51,14 @@ def _histories(session: Session, latest: _Latest, which: Mapping[str, object]) -
         for row in connection.execute(latest.accepted, which)
         if row.result is not None
     }
-    return {row.client_id: History(row.rank, measured.get(row.client_id)) for row in connection.execute(latest.any, which)}
+    return {
+        row.client_id: History(row.rank, measured.get(row.client_id), row.directions is not None and row.overtaxed)
+        for row in connection.execute(latest.any, which)
+    }
+
+
+# It was begun, and time or memory ran out.
+_OVERTAXED = or_(and_(Job.state == JobState.expired, Job.epoch > 0), Job.refusal == errors.MemoryRefusal.slug()).label("overtaxed")
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ def _latest(*which: ColumnElement[bool]) -> _Found:
     mine = (Job.kind == JobKind.train, Round.run_id == bindparam("run"), *which)
     newest = select(func.max(Job.round_id), Job.client_id).join(Round, Job.round_id == Round.id).where(*mine).group_by(Job.client_id)
     these = (Job.kind == JobKind.train, tuple_(Job.round_id, Job.client_id).in_(newest))
-    return select(Job.client_id, Job.rank, Job.result, Job.directions).where(*these)
+    return select(Job.client_id, Job.rank, Job.result, Job.directions, _OVERTAXED).where(*these)
 
 
 _OF_RUN = _Latest.of()

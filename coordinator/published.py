@@ -25,7 +25,7 @@ def slices(session: Session, round_id: int) -> dict[int, BlobRef]:
 
 
 def starts(session: Session, round_id: int) -> dict[int, BlobRef]:
-    """What training starts from after a round, by rank: its slices, unless something else was published for it."""
+    """What training starts from after a round, by rank, by whom can carry it: its slices, unless something else was published for it."""
     return own_starts(session, round_id) or slices(session, round_id)
 
 

@@ -111,7 +111,7 @@ class Manifest(Strict):
     inputs: list[ManifestInput]
     adapter: BlobRef
     slices: dict[int, BlobRef]
-    starts: dict[int, BlobRef] = Field(default={}, description="what training starts from, by rank; the slices if there are none")
+    starts: dict[int, BlobRef] = Field(default={}, description="what training starts from, by rank, where that is not a slice")
     software: dict[str, str] = Field(description="versions of what computed it")
     device: str = Field(default="cpu", description="what it was merged on: cpu, or the name of a GPU")
 

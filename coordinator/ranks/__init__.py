@@ -35,7 +35,7 @@ class Measured:
 
     rank: int
     usage: Usage
-    whole: bool = False  # it started from the whole adapter, where that was a choice
+    whole: bool = False  # it started from the whole adapter; says something where the strategy leaves that open
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Candidate:
     profile: Profile
     measured: Measured | None = None
     previous: int | None = None  # the rank of its last job in this run
+    overburdened: bool = False  # that one started from the whole adapter, and ran out of time or memory
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ class Policy(Strict):
     def choose(self, plan: Plan, candidate: Candidate, population: Population, rungs: Sequence[int]) -> RankView:
         """One of the rungs, and why. Called only where there is no obstacle."""
 
-    def carries(self, plan: Plan, candidate: Candidate, rank: int) -> bool:
-        """Whether the candidate can also start from the whole adapter at that rank: here, if that costs it no step of a job."""
-        own, whole = (steps_within(plan, candidate, rank, plan.times.job, whole=whole) for whole in (False, True))
-        return whole >= own
+    def burden(self, plan: Plan, candidate: Candidate, rank: int, seconds: float) -> str | None:
+        """Why the candidate cannot start from the whole adapter in a job of that rank and time; None if it can.
+
+        Here, if that costs it a step.
+        """
+        own, whole = (steps_within(plan, candidate, rank, seconds, whole=whole) for whole in (False, True))
+        return None if whole >= own else f"the whole adapter would leave time for {whole:,} of {own:,} steps"
 
 
 def names() -> list[str]:
@@ -153,13 +157,24 @@ def choose(plan: Plan, candidate: Candidate, population: Population) -> RankView
     obstacle = fits(plan, candidate)
     if obstacle is not None:
         raise errors.PolicyRefusal(obstacle)
-    policy = configured(plan.ranks)
-    view = policy.choose(plan, candidate, population, allowed(plan, candidate.profile))
+    return configured(plan.ranks).choose(plan, candidate, population, allowed(plan, candidate.profile))
+
+
+def begin(plan: Plan, candidate: Candidate, view: RankView, seconds: float) -> RankView:
+    """The rank that was chosen for a training job of that time, and whether it starts from the whole adapter, if the strategy asks that."""
     if not strategy(plan).portion.optional:
         return view
-    whole = _within_bytes(plan, candidate.profile, view.rank, whole=True) and policy.carries(plan, candidate, view.rank)
-    why = "" if whole else "; it starts from its slice, for the whole adapter is more than it can carry beside"
-    return view.model_copy(update={"whole": whole, "reason": view.reason + why})
+    why = None if view.rank == plan.global_rank else _burden(plan, candidate, view.rank, seconds)  # a slice at the cap is the whole
+    told = "it starts from the whole adapter" if why is None else f"it starts from its slice: {why}"
+    return view.model_copy(update={"whole": why is None, "reason": f"{view.reason}; {told}"})
+
+
+def _burden(plan: Plan, candidate: Candidate, rank: int, seconds: float) -> str | None:
+    if candidate.overburdened:
+        return "its last job, which started from the whole adapter, ran out of time or memory"
+    if not _within_bytes(plan, candidate.profile, rank, whole=True):
+        return f"{owner_words(candidate.profile)}, and the whole adapter takes more"
+    return configured(plan.ranks).burden(plan, candidate, rank, seconds)
 
 
 # --- what every policy obeys -------------------------------------------------------------------------------------------

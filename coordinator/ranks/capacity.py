@@ -4,6 +4,9 @@ With P parameters, L layers, width H and vocabulary V of the base, T = max_lengt
 D(r) numbers in what a client of rank r is handed, N(r) in what it trains of them and sends back, and examples n, each
 consideration compares a need with a budget:
 
+D(r) is that of slices alone; where a strategy hands out the whole adapter to whom can carry it, the same needs and budgets, with
+D(R_g) in the place of D(r), are asked once the rank is chosen.
+
 memory, bytes      c P  weights, with c = 2 bytes a number where the plan and the device go down to half precision, otherwise 4
                    + c 17 B T L H  activations kept for the backward pass (34 s b h bytes a layer in 16 bits, of Korthikanti
                      et al. 2022, eq. 2, without attention scores, which block-wise attention does not keep)
@@ -107,10 +110,15 @@ class Capacity(Policy):
             why = "the ladder's largest rank fits the client's memory, link and data"
         return RankView(rank=rank, reason=f"{rank}: {why}", limits={"owner": owned, **limits})
 
-    def carries(self, plan: Plan, candidate: Candidate, rank: int) -> bool:
-        """Whether memory and link carry the whole adapter too, at no step less."""
-        machine = self._machine(plan, candidate, whole=True)
-        return super().carries(plan, candidate, rank) and all(d.need(rank) <= d.budget for d in machine)
+    def burden(self, plan: Plan, candidate: Candidate, rank: int, seconds: float) -> str | None:
+        """What of its memory or link does not carry the whole adapter too; after a job without it, with head-room. Or the step it costs."""
+        spare = self.head_room if candidate.measured is not None and not candidate.measured.whole else 0.0
+        for demand in self._machine(plan, candidate, whole=True):
+            if demand.largest([rank], spare) is None:
+                need, budget = demand.show(demand.need(rank)), demand.show(demand.budget)
+                room = f" with {_percent(spare)} to spare" if spare else ""
+                return f"with the whole adapter a job takes {need} of its {demand.name}, and {budget} may be used{room}"
+        return super().burden(plan, candidate, rank, seconds)
 
     def _machine(self, plan: Plan, candidate: Candidate, *, whole: bool = False) -> list[Demand]:
         return [_memory(plan, candidate, self.memory_share, whole), _link(plan, candidate, self.link_share, whole)]

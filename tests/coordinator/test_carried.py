@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from coordinator import sizes
-from protocol import slices
+from coordinator import histories, ranks, sizes
+from coordinator.ranks import Candidate
+from protocol import errors, slices
 from protocol.contents import HEADER_SLACK
 from protocol.messages import Job
 from protocol.plan import Plan
 from protocol.slices import Slice
-from protocol.states import RunState
+from protocol.states import JobKind, RunState
 from tests.coordinator.test_directions import CAP, findings, plan_of, sweep
+from tests.coordinator.test_stragglers import OPERATIONS
 from tests.federation import Device, Federation, make_plan, make_profile
 
 RANKS = {"name": "labels", "ladder": [2, 4], "options": {"label": "class", "table": {"small": 2}, "default": 4}}
@@ -74,13 +76,16 @@ async def test_both_ways_of_starting_go_with_momentum_weights_by_direction_and_s
     plan = plan_of("folded", ranks=RANKS, rounds=3, norm={"bound": 1.0}, wire="bfloat16", uploads="int8")
     await enrol(small, plan)
     run = (await small.admin.create(plan)).id
+    begun = set()
     while (await small.admin.run(run)).state is RunState.running:
         for device in small.devices:
             small.tick()
             sweep(small)
             if (job := await device.next_job()) is not None:
+                begun.add((device.name, job.directions is None))
                 await device.complete(job)
     assert (await small.admin.run(run)).state is RunState.finished
+    assert begun == {("device 1", True), ("device 2", False), ("device 3", False)}
     assert set(findings(small, run)) == {"agrees"}
 
 
@@ -105,3 +110,65 @@ async def test_a_client_may_change_between_the_two(small: Federation, buffer: di
     assert (await small.admin.run(run)).state is RunState.finished
     assert ("device 1", [0, 1]) in seen
     assert set(findings(small, run)) == {"agrees"}
+
+
+ALONE = {"target": 1, "quorum": 1}
+HOUR = {"lease": 3600, "no_progress": 3600, "job": 3600, "round": 3600}
+
+
+def alone() -> Plan:
+    return make_plan(strategy={"name": "folded"}, cap=CAP, cohort=ALONE, times=HOUR, evaluation={"every": 0})
+
+
+@pytest.mark.parametrize("problem", [None, errors.MemoryRefusal.slug()])
+async def test_who_runs_out_of_time_or_memory_with_the_whole_adapter_gets_its_slice_next(
+    federation: Federation, problem: str | None
+) -> None:
+    """And stays in the run, where a refusal for its memory's sake would otherwise leave it out."""
+    device = await federation.enrol("tight")
+    run = await federation.open(alone())
+    job = await device.take()
+    assert job.directions == [0, 1, 2, 3]
+    if problem:
+        await device.give_back(job, problem=problem)
+    federation.advance(3600)
+    assert await device.next_job() is None
+    federation.tick()
+    job = await device.take()
+    assert job.directions is None
+    assert job.rank_reason.endswith(
+        "it starts from its slice: its last job, which started from the whole adapter, ran out of time or memory"
+    )
+    await device.complete(job)
+    federation.tick()
+    assert (await device.take()).directions == [0, 1, 2, 3], "what nobody measured may be enough now"
+    assert (await federation.admin.run(run)).state is RunState.running
+
+
+async def test_a_job_that_begins_late_is_cut_by_what_it_starts_from_and_what_it_measured_is_of_that(small: Federation) -> None:
+    plan = alone()
+    seconds = 1000  # for the whole adapter on the link, and for ten steps
+    profile = make_profile(
+        train=80, down_bytes_per_second=sizes.start_bytes(plan, 4, whole=True) / seconds, training_flops=OPERATIONS / seconds * 10
+    )
+    device = await small.enrol("late", profile)
+    run = await small.open(plan)
+    small.clock.advance(1800)
+    job = await device.take()
+    assert job.directions == [0, 1, 2, 3]
+    seen = Candidate(name="late", labels={}, profile=profile)
+    assert ranks.steps_within(plan, seen, 4, 1800) > ranks.steps_within(plan, seen, 4, 1800, whole=True) == job.training.max_steps
+    await device.complete(job)
+    small.tick()
+    with small.parts.database.read() as session:
+        measured = histories.of_run(session, run)[device.id].measured
+    assert measured is not None
+    assert measured.whole
+
+
+async def test_an_evaluation_says_nothing_of_what_training_starts_from(small: Federation) -> None:
+    plan = plan_of("folded", ranks=RANKS, evaluation={"every": 1})
+    await enrol(small, plan)
+    await small.open(plan)
+    for device in small.devices:
+        assert "starts from" not in (await device.take(JobKind.evaluate)).rank_reason

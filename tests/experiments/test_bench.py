@@ -314,6 +314,21 @@ def test_a_class_has_the_rank_that_its_jobs_were_given_where_a_policy_chooses(pl
         assert line.by_class(kind)[0] == pytest.approx(sum(x * last[rank][rows]["loss"] for rows, x in run.header.mixes[kind].items()))
 
 
+def test_a_class_whose_links_do_not_carry_the_whole_adapter_is_measured_with_its_slice(places: Places, tmp_path: Path) -> None:
+    classes = [{"name": "weak", "parts": 2, "rank": 4, "bytes_per_second": 10}, {"name": "strong", "parts": 1, "rank": 4}]
+    folded = [{"name": "folded", "plan": {"strategy": {"name": "folded"}, "cap": 6}}]
+    given = experiment(classes=classes, contestants=folded, reference="folded", targets=[])
+    given = given.model_copy(update={"plan": {**given.plan, "ranks": {"name": "capacity", "ladder": [1, 4]}}})
+    (run,) = carry_out(given, places, tmp_path)
+    assert (run.header.ranks, run.header.sliced) == ({"weak": 1, "strong": 4}, ["weak"])
+    drawn = {name for round in run.rounds for name in round.drawn}
+    assert set() < {name for round in run.rounds for name in round.sliced} < drawn
+    (line,) = lines(given, [run])
+    last = run.rounds[-1].measures
+    for kind, rank in {"weak": 1, "strong": 6}.items():
+        assert line.by_class(kind)[0] == pytest.approx(sum(x * last[rank][rows]["loss"] for rows, x in run.header.mixes[kind].items()))
+
+
 def test_whatever_is_missing_is_named(places: Places, tmp_path: Path) -> None:
     with pytest.raises(errors.DataRefusal, match="--data"):
         carry_out(experiment(), Places(places.models, tmp_path), tmp_path)

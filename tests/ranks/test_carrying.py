@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,8 +26,8 @@ def plan_of(strategy: str, policy: str = "capacity", **options: float) -> Plan:
 FOLDED, DELTA = plan_of("folded"), plan_of("delta")
 
 
-def choose(plan: Plan, seen: Candidate) -> RankView:
-    return ranks.choose(plan, seen, Population(examples=(80,)))
+def choose(plan: Plan, seen: Candidate, seconds: float = 100.0) -> RankView:
+    return ranks.begin(plan, seen, ranks.choose(plan, seen, Population(examples=(80,))), seconds)
 
 
 def both_ways(rank: int, *, whole: bool) -> int:
@@ -35,7 +37,7 @@ def both_ways(rank: int, *, whole: bool) -> int:
 def test_who_can_carry_everything_starts_from_the_whole_adapter() -> None:
     view = choose(FOLDED, make_candidate())
     assert (view.rank, view.whole) == (16, True)
-    assert "slice" not in view.reason
+    assert view.reason.endswith("; it starts from the whole adapter")
 
 
 @given(
@@ -60,7 +62,7 @@ def test_a_link_that_carries_the_rank_alone_gets_the_slice_and_the_reason_says_s
     assert choose(FOLDED, make_candidate(link=enough * 1.001)).whole is True
     view = choose(FOLDED, make_candidate(link=enough * 0.999))
     assert (view.rank, view.whole) == (16, False)
-    assert "starts from its slice" in view.reason
+    assert "it starts from its slice: with the whole adapter a job takes 25 s of its link, and 25 s may be used" in view.reason
 
 
 def test_an_owners_bytes_are_kept() -> None:
@@ -68,6 +70,36 @@ def test_an_owners_bytes_are_kept() -> None:
     assert choose(FOLDED, make_candidate(max_bytes=enough)).whole is True
     view = choose(FOLDED, make_candidate(max_bytes=enough - 1))
     assert (view.rank, view.whole) == (16, False)
+    assert f"{enough - 1:,} bytes a job" in view.reason
+
+
+def test_a_slice_at_the_cap_is_the_whole_adapter_however_slow_the_link_is() -> None:
+    """So that nobody has both of one file."""
+    plan = make_plan(ladder=(16,)).model_copy(update={"strategy": Choice(name="folded")})
+    measured = Measured(16, Usage(download_bytes=1000, download_seconds=1000.0))
+    view = choose(plan, make_candidate(measured=measured))
+    assert (view.rank, view.whole) == (16, True)
+
+
+def test_who_failed_with_the_whole_adapter_gets_its_slice_next() -> None:
+    assert choose(FOLDED, replace(make_candidate(), overburdened=True)).whole is False
+
+
+def test_a_job_that_is_short_of_time_starts_from_a_slice_if_the_whole_adapter_costs_it_a_step() -> None:
+    seen = make_candidate(link=both_ways(16, whole=True) / 24)  # 24 s
+    assert choose(FOLDED, seen).whole is True
+    assert ranks.steps_within(FOLDED, seen, 16, 25.0) > ranks.steps_within(FOLDED, seen, 16, 25.0, whole=True)
+    assert choose(FOLDED, seen, 25.0).whole is False
+
+
+def test_who_had_a_slice_needs_head_room_for_the_whole_adapter_and_who_had_it_does_not() -> None:
+    """A link that wavers does not change the start in every round."""
+    budget, need = 25.0, both_ways(16, whole=True)
+    for spare, after_slice in ((1.1, False), (1.3, True)):
+        speed = need / budget * spare
+        usage = Usage(download_bytes=int(1000 * speed), download_seconds=1000, upload_bytes=int(1000 * speed), upload_seconds=1000)
+        assert choose(FOLDED, make_candidate(measured=Measured(16, usage, whole=True))).whole is True
+        assert choose(FOLDED, make_candidate(measured=Measured(16, usage, whole=False))).whole is after_slice
 
 
 def least_memory(want_whole: bool) -> int:
@@ -106,6 +138,6 @@ def test_what_a_job_measured_is_of_what_it_held(whole: bool) -> None:
 
     own = 4 * (LAYOUT.numbers(CAP) - LAYOUT.numbers(16))
     tight = 10**8 if whole else 10**8 + own
-    plan = plan_of("folded", memory_share=1.0)
+    plan = plan_of("folded", memory_share=1.0, head_room=0.0)
     assert choose(plan, make_candidate(memory=tight, measured=measured)).whole is True
     assert choose(plan, make_candidate(memory=tight - 1, measured=measured)).whole is False
