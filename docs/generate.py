@@ -150,8 +150,8 @@ Which one? What follows is what [the evidence](evidence.md) shows, on small mode
   Where each strategy was tuned it ended lowest of all that merge unequal ranks; `fedex`, which hands out the whole adapter too, was
   level with it, with a larger cap and two thirds more bytes.
 - `training.cooling = 0.1` took 0.03 off the last loss of either; `momentum = 0.5` takes little, and for `delta` nothing beyond chance.
-- On QQP `raflora`, which averages each direction over those who train it, and `delta` with momentum learn soonest, and neither ends
-  beyond chance above the other.
+- On QQP `folded` and `delta` with momentum, and `raflora`, which averages each direction over those who train it, learn soonest, and
+  none of them ends beyond chance above another; `folded` ends above rank 2 for all, `zero_pad` and `flora`.
 - Where all machines can train one rank, let them: unequal ranks did not beat equal ranks of the same mean that were trained by the same
   means. `delta` with momentum ended a little lower there than `fedavg` (by 0.015).
 - `hlora` and `zero_pad` lose, round by round, what lies beyond the smallest rank; `flora` with a cap of twice the largest rank is level
