@@ -82,8 +82,9 @@ def page(docs: Path) -> str:
 What was measured of the strategies' learning, and what was not. The numbers in tables and pictures come from runs through the real agents
 and the real application in one process ([simulation](getting-started.md#on-machines-of-your-own)), by `python -m experiments`; the
 results are stored as JSON lines beside this page. A few sentences in words rest on other runs, and say so: MRPC's and RTE's on central
-training beside them; and the settings of `cooled` were chosen in the simulator of decision 31. An experiment is a TOML file: what it says is what was
-done. Contestants differ in nothing but what is listed for them; with the same seed they share rows, machines and draws of clients, so
+training beside them; and the settings of `cooled` were chosen in the simulator of decision 31. An experiment is a TOML file: what it says
+is what was done.
+Contestants differ in nothing but what is listed for them; with the same seed they share rows, machines and draws of clients, so
 that differences are taken seed by seed. Intervals are over seeds alone: all seeds are measured on the same held-out rows, and how much
 other rows would change is in no interval.
 
