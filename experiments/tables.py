@@ -152,8 +152,7 @@ def _classes(experiment: Experiment, found: Sequence[Line]) -> Table:
         "Each class of devices",
         f"The {experiment.measures.metric} of the last adapter as the class holds it: at its own rank, or whole where the strategy hands "
         "out all of it and most of its devices carry that. No device has held-out rows of its own: these are the ones that all share, "
-        "weighted by the class's average mix of "
-        f"{experiment.partition.over}s.",
+        f"weighted by the class's average mix of {experiment.partition.over}s.",
         ["contestant", *kinds],
         [[line.name, *(told(line.by_class(kind)) for kind in kinds)] for line in found],
     )

@@ -15,11 +15,10 @@ from protocol.messages import Job
 from protocol.plan import Plan
 from protocol.slices import Slice
 from protocol.states import JobKind, RunState
-from tests.coordinator.test_directions import CAP, findings, plan_of, sweep
-from tests.coordinator.test_stragglers import OPERATIONS
+from tests.coordinator.test_directions import CAP, RANKS, findings, plan_of, sweep
+from tests.coordinator.test_stragglers import ALONE, HOUR, OPERATIONS, UNMEASURED
 from tests.federation import Device, Federation, make_plan, make_profile
 
-RANKS = {"name": "labels", "ladder": [2, 4], "options": {"label": "class", "table": {"small": 2}, "default": 4}}
 MODULE = "attention.query"
 
 
@@ -112,12 +111,8 @@ async def test_a_client_may_change_between_the_two(small: Federation, buffer: di
     assert set(findings(small, run)) == {"agrees"}
 
 
-ALONE = {"target": 1, "quorum": 1}
-HOUR = {"lease": 3600, "no_progress": 3600, "job": 3600, "round": 3600}
-
-
 def alone() -> Plan:
-    return make_plan(strategy={"name": "folded"}, cap=CAP, cohort=ALONE, times=HOUR, evaluation={"every": 0})
+    return make_plan(strategy={"name": "folded"}, cap=CAP, cohort=ALONE, times=HOUR, evaluation=UNMEASURED)
 
 
 @pytest.mark.parametrize("problem", [None, errors.MemoryRefusal.slug()])
