@@ -84,19 +84,18 @@ def draw(plan: Plan, round: int, attempt: int, already: int, pool: Sequence[Clie
 
 
 def assign(
-    session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], able: Sequence[Client], seconds: float | None = None
+    session: Session, run_id: str, plan: Plan, chosen: Sequence[Client], able: Sequence[Client], seconds: float
 ) -> dict[str, RankView]:
-    """The rank of each chosen client, by its id; `able` are the clients among which the policy compares.
+    """The rank of each chosen client, by its id, and whether in a job of so many seconds it starts from the whole adapter.
 
-    For training jobs of so many seconds also whether it starts from the whole adapter.
+    `able` are the clients among which the policy compares.
     """
     population = ranks.Population(examples=tuple(_examples(client, plan) for client in able))
     known = histories.of_run(session, run_id)
     views: dict[str, RankView] = {}
     for client in chosen:
         seen = candidate(client.name, client.labels, Profile.model_validate(client.profile), known.get(client.id, NEW))
-        view = ranks.choose(plan, seen, population)
-        views[client.id] = view if seconds is None else ranks.begin(plan, seen, view, seconds)
+        views[client.id] = ranks.begin(plan, seen, ranks.choose(plan, seen, population), seconds)
     return views
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import ColumnElement, CursorResult, Select, and_, func, insert, or_, select, update
 from sqlalchemy.orm import Session
@@ -30,17 +29,28 @@ def train(
     assert base is not None, "a round opens only after the one before it was published"
     deadline = _deadline(plan, round, now)
     views = cohort.assign(session, run.id, plan, chosen, able, min(plan.times.job, (deadline - now).total_seconds()))
+    return _queue(session, round, JobKind.train, chosen, views, _starts(session, base, plan, round.number, chosen, views), deadline, now)
+
+
+class _Start(NamedTuple):
+    file: BlobRef
+    directions: list[int] | None  # of the file, that are trained; all if none
+
+
+def _starts(
+    session: Session, base: Round, plan: Plan, number: int, chosen: Sequence[Client], views: Mapping[str, RankView]
+) -> dict[str, _Start]:
+    """What training in a round starts from, by client."""
     starts, slices = published.starts(session, base.id), published.slices(session, base.id)
     portion = aggregation.load(plan.strategy.name).portion
-    handed, trained = {}, {}
+    begun = {}
     for client in chosen:
         view = views[client.id]
         if view.whole is False:
-            handed[client.id] = slices[view.rank]
+            begun[client.id] = _Start(slices[view.rank], None)
         else:
-            handed[client.id] = starts[view.rank]
-            trained[client.id] = portions.directions(portion, plan, view.rank, round.number, client.name)
-    return _queue(session, round, JobKind.train, chosen, views, handed, deadline, now, trained)
+            begun[client.id] = _Start(starts[view.rank], portions.directions(portion, plan, view.rank, number, client.name))
+    return begun
 
 
 def _deadline(plan: Plan, round: Round, now: datetime) -> datetime:
@@ -54,19 +64,17 @@ def _queue(
     kind: JobKind,
     chosen: Sequence[Client],
     views: dict[str, RankView],
-    handed: Mapping[str, BlobRef],  # by client
+    starts: Mapping[str, _Start],
     deadline: datetime,
     now: datetime,
-    directions: Mapping[str, list[int] | None] = MappingProxyType({}),  # by client; all if none
 ) -> list[str]:
     same = {"round_id": round.id, "kind": kind, "state": JobState.queued, "created_at": now, "deadline": deadline}
     new = []
     for client in chosen:
-        view = views[client.id]
-        slice = handed[client.id]
-        own = {"id": access.new_id("job"), "client_id": client.id, "directions": directions.get(client.id)}
-        start = {"rank": view.rank, "rank_view": view.model_dump(mode="json"), "base": slice.digest, "base_bytes": slice.bytes}
-        new.append(same | own | start)
+        view, start = views[client.id], starts[client.id]
+        own = {"id": access.new_id("job"), "client_id": client.id, "rank": view.rank, "rank_view": view.model_dump(mode="json")}
+        handed = {"base": start.file.digest, "base_bytes": start.file.bytes, "directions": start.directions}
+        new.append(same | own | handed)
     if new:
         session.connection().execute(_NEW, new)  # there may be thousands; as objects they would take several times as long
     return [client.id for client in chosen]
@@ -76,7 +84,10 @@ _NEW = insert(Job)
 
 
 def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: float) -> list[str]:
-    """Ask the clients to measure the adapter that the round published, where the plan wants it; gives the clients to wake."""
+    """Ask the clients to measure the adapter that the round published, where the plan wants it; gives the clients to wake.
+
+    Each measures what it would train from next, or, where the plan names a rank, everybody the slice of that rank.
+    """
     plan = plan_of(run)
     every = plan.evaluation.every
     if not every or (round.number % every and round.number != plan.rounds):
@@ -85,13 +96,17 @@ def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: floa
     if plan.buffer is not None:  # whoever is still at work would measure, one after the other, all versions that it missed
         busy = at_work(session, run, round)
         able = [client for client in able if client.id not in busy]
-    trainers, _ = cohort.eligible(session, run.id, plan, JobKind.train, now, pace)
-    views = cohort.assign(session, run.id, plan, able, trainers or able)
-    if plan.evaluation.rank is not None:
-        views = {id: RankView(rank=plan.evaluation.rank, reason="the plan's rank for evaluation") for id in views}
+    if plan.evaluation.rank is None:
+        trainers, _ = cohort.eligible(session, run.id, plan, JobKind.train, now, pace)
+        views = cohort.assign(session, run.id, plan, able, trainers or able, plan.times.job)
+        starts = _starts(session, round, plan, round.number + 1, able, views)
+    else:
+        rank = plan.evaluation.rank
+        ids = [client.id for client in able]
+        views = dict.fromkeys(ids, RankView(rank=rank, reason="the plan's rank for evaluation"))
+        starts = dict.fromkeys(ids, _Start(published.slices(session, round.id)[rank], None))
     deadline = now + timedelta(seconds=plan.times.round)
-    slices = published.slices(session, round.id)
-    return _queue(session, round, JobKind.evaluate, able, views, {id: slices[view.rank] for id, view in views.items()}, deadline, now)
+    return _queue(session, round, JobKind.evaluate, able, views, starts, deadline, now)
 
 
 def expire(session: Session, run: Run, now: datetime) -> None:

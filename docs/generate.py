@@ -185,7 +185,7 @@ who started from what, and why.
 With one scale for all ranks, which is the default, those who start from all of the adapter share one file. What a strategy keeps
 is the sum's best approximation at the cap, in singular form, or factors that go on being trained as they are: the clients' own
 averages (`fedavg`, `hetlora`, `zero_pad`), averages and what they miss (`fedex`), b beside an a that never changes (`ffa`).
-Whatever is kept, slices for evaluation and adapters that are fetched are cut from its best approximation.
+Whatever is kept, slices and adapters that are fetched are cut from its best approximation; a client measures what it would train from next.
 
 With a [buffer](concepts.md#rounds-that-merge-what-comes) contributions begin from different versions of the adapter. Those that can merge
 such: {", ".join(f"`{n}`" for n, k in kinds.items() if k.stale)}.

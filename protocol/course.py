@@ -73,7 +73,11 @@ class Evaluation(Strict):
     every: int = Field(
         default=1, ge=0, description="rounds between evaluations; 0 for none; the first and the last are always measured otherwise"
     )
-    rank: int | None = Field(default=None, ge=1, description="a rank of the ladder; by default each client's own")
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="rank of the slices that are measured; by default each client measures what it would train from next",
+    )
 
 
 class NormBound(Strict):

@@ -138,6 +138,14 @@ def test_memory_is_counted_for_all_that_is_handed_out_and_for_training_what_is_t
     do(tmp_path, measured, make_start(encoder, WHOLE), memory_share=1.0, memory_bytes=enough)
 
 
+def test_measured_is_all_that_was_handed_out_whatever_of_it_would_be_trained(tmp_path: Path, encoder: Path) -> None:
+    part, whole, less = (make_job(encoder, kind=JobKind.evaluate, **told) for told in ({"directions": PART}, {"rank": WHOLE}, {"rank": 2}))
+    starts = [(part, WHOLE), (whole, WHOLE), (less, 2)]
+    seen = [do(tmp_path, job, make_start(encoder, held)).metrics["loss"].value for job, held in starts]
+    assert seen[0] == pytest.approx(seen[1], rel=1e-6)
+    assert seen[0] != pytest.approx(seen[2], rel=1e-6)
+
+
 @pytest.mark.parametrize("change", [{"directions": [1, 3]}, {"directions": None}, {"sides": Sides.b}])
 def test_what_was_trained_of_a_slice_is_not_delivered_as_another_part_of_it(
     tmp_path: Path, encoder: Path, change: dict[str, object]

@@ -161,9 +161,11 @@ async def test_a_job_that_begins_late_is_cut_by_what_it_starts_from_and_what_it_
     assert measured.whole
 
 
-async def test_an_evaluation_says_nothing_of_what_training_starts_from(small: Federation) -> None:
+async def test_each_measures_what_it_carries(small: Federation) -> None:
     plan = plan_of("folded", ranks=RANKS, evaluation={"every": 1})
     await enrol(small, plan)
-    await small.open(plan)
-    for device in small.devices:
-        assert "starts from" not in (await device.take(JobKind.evaluate)).rank_reason
+    run = await small.open(plan)
+    held = [await device.take(JobKind.evaluate) for device in small.devices]
+    assert [job.directions for job in held] == [None, [0, 1], [0, 1, 2, 3]]
+    assert held[0].slice == (await small.admin.round(run, 0)).slices[2]
+    assert ["whole adapter" in job.rank_reason.rpartition("it starts from")[2].partition(":")[0] for job in held] == [False, True, True]

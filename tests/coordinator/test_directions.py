@@ -109,13 +109,24 @@ async def test_a_job_names_the_directions_that_are_trained(strategy: str, small:
     assert {job.sides for job in jobs} == {Sides.both}
 
 
-async def test_an_evaluation_is_of_the_slice_and_trains_nothing(small: Federation) -> None:
+@each_strategy
+async def test_an_evaluation_is_of_what_training_would_start_from(strategy: str, small: Federation) -> None:
     await enrol(small)
-    run = await small.open(plan_of("ffa", evaluation={"every": 1}, ranks=RANKS))
+    await small.open(plan_of(strategy, evaluation={"every": 1}, ranks=RANKS))
+    for device in small.devices:
+        measured = await device.take(JobKind.evaluate)
+        await device.complete(measured)
+        trained = await device.take()
+        assert (measured.slice, measured.rank, measured.directions) == (trained.slice, trained.rank, trained.directions)
+        assert measured.sides is Sides.both
+
+
+async def test_an_evaluation_at_a_rank_is_of_its_slice(small: Federation) -> None:
+    await enrol(small)
+    run = await small.open(plan_of("folded", evaluation={"every": 1, "rank": 2}, ranks=RANKS))
     for device in small.devices:
         job = await device.take(JobKind.evaluate)
-        assert (job.directions, job.sides) == (None, Sides.both)
-        assert job.slice == (await small.admin.round(run, 0)).slices[job.rank]
+        assert (job.slice, job.directions) == ((await small.admin.round(run, 0)).slices[2], None)
 
 
 async def test_the_norm_of_a_change_is_that_of_the_trained_directions_and_the_head(small: Federation) -> None:
