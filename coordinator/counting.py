@@ -120,10 +120,8 @@ def leave_out(session: Session, run: Run, round: Round, found: Waiting, state: J
 
 
 def _weights(plan: Plan, kept: Sequence[Waiting]) -> list[float]:
-    """The shares of the examples; with a buffer, of examples · (1 + staleness)^−exponent (FedBuff, Nguyen et al. 2022)."""
-    exponent = 0.0 if plan.buffer is None else plan.buffer.exponent
-    counts = [_examples(plan, found) * (1 + found.staleness) ** -exponent for found in kept]
-    return shares(counts, plan.largest_share)
+    """The shares of the examples."""
+    return shares([_examples(plan, found) for found in kept], plan.largest_share)
 
 
 def _examples(plan: Plan, found: Waiting) -> int:

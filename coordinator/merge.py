@@ -15,8 +15,6 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
-import torch
-
 from coordinator import aggregation, devices, sizes
 from coordinator.aggregation import Contribution, Given, ModuleRound
 from coordinator.assembly import Assembly, Merged, Piece, module_piece, tensor_piece
@@ -27,7 +25,7 @@ from coordinator.reading import SliceReader, StoredFactors, TrainedFactors, ahea
 from coordinator.sums import Stored, Sum, Term
 from protocol import errors
 from protocol.plan import Head, Plan
-from protocol.slices import TORCH_DTYPES, Factors
+from protocol.slices import Factors
 from protocol.views import Energy
 
 __all__ = ["Input", "Merged", "ModuleTask", "RoundTask", "first_adapter", "merge_module", "merge_round", "merge_tensor"]
@@ -112,23 +110,18 @@ def _merged(task: ModuleTask, state: ModuleRound) -> Piece:
 
 
 def merge_tensor(task: ModuleTask) -> Piece:
-    """One fully trained tensor's weighted mean, Σ p (γ t + (1 − γ) t₀), summed in float64.
+    """One fully trained tensor, T + Σ p γ (t − t₀), summed in float64.
 
-    What started from an older version counts with its change alone, p (T + γ (t − t₀)), where T is what the newest slices hold:
-    otherwise its old t₀ would pull the mean back.
+    T is as the adapter keeps it, in float32. Where everybody started from it and γ = 1, this is the weighted mean Σ p t; but t₀ is what
+    the wire's dtype made of T, and a mean of what began there would lose, round by round, every step below its rounding.
     """
-    blobs, plan = Blobs.open(task.round.store), task.round.plan
-    mean = torch.zeros(task.shape, dtype=torch.float64, device="cpu")  # no dearer than bringing it elsewhere
+    blobs = Blobs.open(task.round.store)
+    merged = open_slice(blobs, task.round.previous).full(task.name).double()  # no dearer than bringing it elsewhere
     for input in task.round.inputs:
-        base = open_slice(blobs, input.base)
-        sent = _opened(blobs, input).trained_full(task.name, partial(base.full, task.name))
-        mean.add_(sent, alpha=input.weight * input.shrink)
-        if input.shrink < 1:
-            mean.add_(base.full(task.name), alpha=input.weight * (1 - input.shrink))
-        if base.header.label.round < task.round.round - 1:
-            newest = open_slice(blobs, task.round.previous).full(task.name).to(TORCH_DTYPES[plan.wire])
-            mean.add_(newest.double() - base.full(task.name).double(), alpha=input.weight)
-    return tensor_piece(plan, task.name, mean)
+        given = open_slice(blobs, input.base).full(task.name)
+        change = _opened(blobs, input).trained_full(task.name, lambda given=given: given).double().sub_(given)
+        merged.add_(change, alpha=input.weight * input.shrink)
+    return tensor_piece(task.round.plan, task.name, merged)
 
 
 def keep_tensor(task: ModuleTask) -> Piece:

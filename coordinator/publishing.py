@@ -96,20 +96,22 @@ def task_of(session: Session, round: Round, jobs: Sequence[Job], store: str) -> 
     assert before is not None, "a round opens only after the one before it was published"
     assert before.adapter is not None, "a published round has an adapter"
     earlier = published.round_of(session, run.id, round.number - 2)
+    rounds = session.execute(select(Round.id, Round.number).where(Round.id.in_({job.round_id for job in jobs})))
+    begun = {row.id: row.number for row in rounds}
     return RoundTask(
         store=store,
         plan=plan,
         round=round.number,
         previous=before.adapter,
-        inputs=tuple(_input(job, plan) for job in jobs),
+        inputs=tuple(_input(job, plan, round.number - begun[job.round_id]) for job in jobs),
         earlier=None if earlier is None else earlier.adapter,
     )
 
 
-def _input(job: Job, plan: Plan) -> Input:
+def _input(job: Job, plan: Plan, staleness: int) -> Input:
     assert job.slice is not None, "a submitted job has a slice"
     assert job.weight is not None, "weights are settled when a round closes"
-    shrink = _shrink(plan.norm, job.change_norm or 0.0)
+    shrink = _shrink(plan.norm, job.change_norm or 0.0) * (1.0 if plan.buffer is None else plan.buffer.discount(staleness))
     scale = plan.adapter.scale(job.rank)
     directions = None if job.directions is None else tuple(job.directions)
     return Input(job.slice, job.rank, scale, job.weight, shrink, job.base, directions, job=job.id)

@@ -97,11 +97,16 @@ class NormBound(Strict):
 class Buffer(Strict):
     """Buffered asynchronous rounds: every `size` contributions are merged, whichever version each of them started from.
 
-    A contribution that started s versions ago counts with its share times (1 + s)^-exponent (FedBuff, Nguyen et al. 2022).
+    Of what a contribution changed that started s versions ago counts the part (1 + s)^−exponent (FedBuff, Nguyen et al. 2022): where all
+    are stale the step is shorter.
     """
 
     size: int = Field(ge=1, le=1_000_000, description="contributions that make the next version")
     exponent: float = Field(
-        default=0.5, ge=0, le=10, description="how fast a contribution loses weight with its staleness; 0 for not at all"
+        default=0.5, ge=0, le=10, description="how fast what a contribution changed loses weight with its staleness; 0 for not at all"
     )
     largest_staleness: int = Field(default=20, ge=0, le=100_000, description="a contribution that started longer ago is rejected")
+
+    def discount(self, staleness: int) -> float:
+        """The part in (0, 1] of a change that counts, so many versions after it began."""
+        return float((1 + staleness) ** -self.exponent)

@@ -64,7 +64,7 @@ def best(w: Tensor, rank: int) -> Tensor:
     return leading
 
 
-async def test_every_two_contributions_are_merged_with_the_weight_of_their_staleness(federation: Federation) -> None:
+async def test_of_every_two_contributions_counts_the_share_of_their_rows_and_the_part_of_their_staleness(federation: Federation) -> None:
     """Four clients of two ranks; weights and adapter are what the manifest's numbers come to in float64."""
     devices = [
         await federation.enrol(f"device {n}", make_profile(train=100 * n), {"size": "small" if n % 2 else "large"}) for n in range(1, 5)
@@ -93,18 +93,20 @@ async def test_every_two_contributions_are_merged_with_the_weight_of_their_stale
         {"device 4": (2, 300), "device 2": (1, 90)},
     ]
     for before, view in itertools.pairwise(views):
-        shares = {name: job.examples * (1 + job.staleness) ** -0.7 for name, job in merged(view).items()}  # type: ignore[operator]
-        wanted = {name: share / sum(shares.values()) for name, share in shares.items()}
+        rows = {name: job.examples for name, job in merged(view).items()}
+        wanted = {name: count / sum(rows.values()) for name, count in rows.items()}  # type: ignore[operator, arg-type]
         assert {name: job.weight for name, job in merged(view).items()} == pytest.approx(wanted, rel=1e-12)
+        assert view.manifest is not None
+        assert [input.shrink for input in view.manifest.inputs] == [(1 + input.staleness) ** -0.7 for input in view.manifest.inputs]
         assert before.adapter is not None
         check_merge(federation, before.adapter.digest, view)
 
 
 def check_merge(federation: Federation, previous: str, view: RoundView) -> None:
-    """W is the best approximation of W + Σ p (s b a − s₀ b₀ a₀), a head is Σ p (h + t − t₀)."""
+    """W is the best approximation of W + Σ p γ (s b a − s₀ b₀ a₀), a head is h + Σ p γ (t − t₀)."""
     assert view.manifest is not None
     before, after = read(federation, previous), read(federation, view.manifest.adapter.digest)
-    pairs = [(input.weight, read(federation, input.digest), read(federation, input.base)) for input in view.manifest.inputs]
+    pairs = [(input.weight * input.shrink, read(federation, input.digest), read(federation, input.base)) for input in view.manifest.inputs]
     assert {input.client: input.staleness for input in view.manifest.inputs} == {n: job.staleness for n, job in merged(view).items()}
     for module in LAYOUT.modules:
         changed = torch.stack([p * (product(t, module) - product(g, module)) for p, t, g in pairs]).sum(dim=0)
@@ -112,8 +114,8 @@ def check_merge(federation: Federation, previous: str, view: RoundView) -> None:
         assert torch.allclose(product(after, module), best(wanted, 4), rtol=0, atol=1e-6 * float(wanted.norm()))
     for name in LAYOUT.full:
         head = before.full[name].double()
-        wanted = torch.stack([p * (head + t.full[name].double() - g.full[name].double()) for p, t, g in pairs]).sum(dim=0)
-        assert torch.allclose(after.full[name].double(), wanted, rtol=1e-6, atol=1e-7)
+        changed = torch.stack([p * (t.full[name].double() - g.full[name].double()) for p, t, g in pairs]).sum(dim=0)
+        assert torch.allclose(after.full[name].double(), head + changed, rtol=1e-6, atol=1e-7)
 
 
 async def test_fresh_contributions_without_discount_give_the_bytes_of_rounds_that_wait(federation: Federation) -> None:
@@ -196,9 +198,10 @@ async def test_a_slow_client_holds_nobody_up_and_counts_when_it_comes(federation
 
     await work(federation, (slow, held), (quick[0], await quick[0].take()))
 
-    view = merged(await federation.admin.round(run, 7))
-    assert {name: job.staleness for name, job in view.items()} == {"device 3": 6, "device 1": 0}
-    assert view["device 3"].weight == pytest.approx(7**-0.5 / (7**-0.5 + 1))
+    manifest = (await federation.admin.round(run, 7)).manifest
+    assert manifest is not None
+    assert {input.client: (input.staleness, input.weight) for input in manifest.inputs} == {"device 3": (6, 0.5), "device 1": (0, 0.5)}
+    assert {input.client: input.shrink for input in manifest.inputs} == {"device 3": pytest.approx(7**-0.5), "device 1": 1.0}
     assert (await federation.admin.job(run, held)).state is JobState.accepted
 
 

@@ -14,9 +14,9 @@ import torch
 from coordinator.blobs import Blobs
 from coordinator.merge import first_adapter, merge_round
 from protocol.plan import Dtype, Float, Layout, Split
-from protocol.slices import TORCH_DTYPES
+from protocol.slices import TORCH_DTYPES, Slice
 from tests.merging.rounds import changes, heard, merge, products, read_digest, second_round
-from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, untrained, update
+from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, start_of, untrained, update
 
 STRATEGIES = ["hlora", "delta"]
 
@@ -67,6 +67,23 @@ def test_fully_trained_tensors_are_averaged_by_weight_and_by_what_counts_of_thei
         wanted = torch.stack(parts).sum(dim=0)
         for ref in (merged.adapter, *merged.slices.values()):
             assert torch.allclose(read(blobs, ref).full[name].double(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(("wire", "uploads"), [(Dtype.bfloat16, Dtype.int8), (Dtype.bfloat16, Dtype.float32), (Dtype.float32, None)])
+def test_steps_of_a_head_that_its_wire_cannot_tell_add_up(wire: Dtype, uploads: Dtype | None, blobs: Blobs) -> None:
+    """Near one everybody adds 0.002 in each round: bfloat16 has nothing between 1 and 1.0078."""
+
+    def moved(start: Slice, seed: int) -> Slice:
+        return replace(start, full={name: (t.float() + 0.002 if seed else torch.ones_like(t.float())) for name, t in start.full.items()})
+
+    plan = make_plan("delta", wire=wire, uploads=uploads, ladder=(4,))
+    merged, heads = first_adapter(plan, blobs), []
+    for round in range(1, 12):
+        inputs = [send(blobs, plan, start_of(merged, 4), seed=round - 1, train=moved)]
+        merged = merge(round_task(blobs, plan, merged, inputs, round=round), blobs)
+        heads.append(read(blobs, merged.adapter).full)
+    for name, last in heads[-1].items():
+        assert torch.allclose(last - heads[0][name], torch.full_like(last, 0.02), rtol=0, atol=2e-4)
 
 
 def test_merging_again_keeps_nothing_new(blobs: Blobs) -> None:

@@ -11,7 +11,6 @@ from coordinator import aggregation
 from coordinator.blobs import Blobs
 from coordinator.merge import Input, RoundTask
 from protocol.plan import Dtype, Plan
-from protocol.slices import TORCH_DTYPES
 from tests.merging.rounds import changes, heard, merge, read_digest, second_round
 from tests.merging.small import LAYOUT, best, make_plan, read, round_task, send, start_of, untrained, update
 
@@ -40,15 +39,15 @@ def test_a_stale_contribution_adds_what_it_changed_of_its_own_version(wire: Dtyp
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_stale_head_does_not_pull_the_new_one_back(wire: Dtype, blobs: Blobs) -> None:
-    """Σ p (T + t − t₀): T is the newest head as it travels, t₀ the one that the client started from."""
+    """T + Σ p (t − t₀): T is the newest head as it is kept, t₀ the one that the client started from."""
     plan = make_plan("delta", wire=wire)
     task, stale = third_round(blobs, plan)
     task = replace(task, inputs=(*task.inputs, stale))
     newest, after = read_digest(blobs, task.previous), read(blobs, merge(task, blobs).adapter)
     for name in LAYOUT.full:
-        head = newest.full[name].to(TORCH_DTYPES[wire]).double()
-        wanted = sum(p * (head + t.full[name].double() - g.full[name].double()) for p, _, t, g in heard(task, blobs))
-        assert torch.allclose(after.full[name].double(), torch.as_tensor(wanted), rtol=1e-6, atol=1e-6)
+        change = torch.stack([p * (t.full[name].double() - g.full[name].double()) for p, _, t, g in heard(task, blobs)])
+        wanted = newest.full[name].double() + change.sum(dim=0)
+        assert torch.allclose(after.full[name].double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", [name for name in aggregation.names() if aggregation.load(name).stale])
