@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from statistics import median
 
-from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from coordinator import events, quarantine
-from coordinator.jobs import plan_of
+from coordinator import events, jobs, quarantine
+from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol.messages import BlobRef
 from protocol.plan import Plan
@@ -56,6 +56,13 @@ def waiting(session: Session, run: Run, round: Round) -> list[Waiting]:
     return [Waiting(job, client, round.number - number) for job, client, number in found]
 
 
+def lock(session: Session, run: Run, round: Round) -> None:
+    """Take all jobs that closing the round may change: those that are worked on, and those that wait to be merged."""
+    rounds = select(Round.id).where(_mine(run, round))
+    waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None))
+    jobs.lock(session, Job.round_id.in_(rounds), Job.kind == JobKind.train, or_(Job.state.in_(ACTIVE), waits))
+
+
 def number_waiting(session: Session, run: Run, round: Round) -> int:
     """How many contributions the round may merge."""
     query = select(func.count()).select_from(Job).join(Round, Job.round_id == Round.id).where(_may_be_merged(run, round))
@@ -63,8 +70,11 @@ def number_waiting(session: Session, run: Run, round: Round) -> int:
 
 
 def _may_be_merged(run: Run, round: Round) -> ColumnElement[bool]:
-    mine = Round.id == round.id if plan_of(run).buffer is None else Round.run_id == run.id
-    return and_(mine, Job.kind == JobKind.train, Job.state == JobState.submitted, Job.counted_in.is_(None))
+    return and_(_mine(run, round), Job.kind == JobKind.train, Job.state == JobState.submitted, Job.counted_in.is_(None))
+
+
+def _mine(run: Run, round: Round) -> ColumnElement[bool]:
+    return Round.id == round.id if plan_of(run).buffer is None else Round.run_id == run.id
 
 
 def counted(session: Session, round_id: int) -> list[Job]:

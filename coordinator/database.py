@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from protocol import crash, errors
 
 Clock = Callable[[Session], datetime]
+Last = Callable[[Session], Sequence[str]]  # what a transaction does before it commits; gives the crash points behind that
+LAST = "last"  # where it stands in a session's `info`
 
 
 def database_clock(session: Session) -> datetime:
@@ -122,11 +124,13 @@ class Database:
     def write(self, point: crash.Point | None = None) -> Iterator[Session]:
         """A transaction that is committed when the block ends, and rolled back when it raises.
 
-        After the commit it reaches the crash points of the events that it recorded, and its own.
+        After the commit it reaches the crash points of what it did last, and its own.
         """
         with self._turn or nullcontext(), self._writers.begin() as session:
             yield session
-        for reached in (*session.info.get("events", ()), *([point] if point else [])):
+            last: Last | None = session.info.get(LAST)
+            points = last(session) if last else []
+        for reached in (*points, *([point] if point else [])):
             crash.reached(reached)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The log of state changes: one row per change, in the transaction that makes it; operators follow it live."""
+"""The log of state changes: one row per change, in the transaction that makes it, at its end; operators follow it live."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sqlalchemy import CursorResult, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from coordinator import tables
+from coordinator.database import LAST
 from protocol.views import Event
 
 log = structlog.get_logger()
@@ -29,9 +30,7 @@ def record(
     **facts: JsonValue,
 ) -> None:
     """Note one change of state; it is told to operators once the transaction commits."""
-    session.add(tables.Event(at=now, kind=kind, run_id=run, round=round, client=client, facts=facts))
-    session.info.setdefault("events", []).append(kind)  # each is a point to crash at, once it is committed
-    log.info(kind, run=run, round=round, client=client, **facts)
+    record_all(session, now, [Change(kind, run, round, client, facts)])
 
 
 @dataclass(frozen=True)
@@ -39,23 +38,39 @@ class Change:
     """A change of state, to be noted together with others."""
 
     kind: str
-    run: str
-    round: int
-    client: str
+    run: str | None
+    round: int | None
+    client: str | None
     facts: Mapping[str, JsonValue]
 
 
 def record_all(session: Session, now: datetime, changes: Sequence[Change]) -> None:
-    """Note many changes of state in one statement."""
-    if not changes:
-        return
-    rows = [{"at": now, "kind": c.kind, "run_id": c.run, "round": c.round, "client": c.client, "facts": dict(c.facts)} for c in changes]
+    """Note many changes of state."""
+    for c in changes:
+        row = {"at": now, "kind": c.kind, "run_id": c.run, "round": c.round, "client": c.client, "facts": dict(c.facts)}
+        session.info.setdefault(NOTED, []).append(row)
+        session.info[LAST] = _write
+        log.info(c.kind, run=c.run, round=c.round, client=c.client, **c.facts)
+
+
+NOTED = "events"  # where they stand in a session's `info`
+ORDER = 7_260_916  # PostgreSQL's advisory lock of whoever draws ids
+
+
+def _write(session: Session) -> list[str]:
+    """The last step of a transaction: ids come in the order of commits, so that whoever has read one has read all before it.
+
+    Who holds the lock asks for no other, so that nobody waits in a circle; it is let go of when the commit can be seen.
+    """
+    session.flush()
+    rows = session.info.pop(NOTED)
+    if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer at a time
+        session.connection().execute(_LOCK)
     session.connection().execute(_INSERT, rows)
-    session.info.setdefault("events", []).extend(change.kind for change in changes)
-    for change in changes:
-        log.info(change.kind, run=change.run, round=change.round, client=change.client, **change.facts)
+    return [row["kind"] for row in rows]
 
 
+_LOCK = select(func.pg_advisory_xact_lock(ORDER))
 _INSERT = insert(tables.Event)
 
 

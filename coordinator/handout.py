@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, CursorResult, Select, and_, func, insert, 
 from sqlalchemy.orm import Session
 
 from coordinator import access, aggregation, cohort, events, portions, published
-from coordinator.jobs import ACTIVE, plan_of
+from coordinator.jobs import ACTIVE, lock, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol.messages import BlobRef
 from protocol.plan import Plan
@@ -164,13 +164,14 @@ def give_time_back(session: Session, run: Run, since: datetime, now: datetime) -
     for round in session.scalars(open.with_for_update(key_share=True)):
         round.closes_at += now - since
     queued = select(Job).join(Round, Job.round_id == Round.id).where(Round.run_id == run.id, Job.state == JobState.queued)
-    for job in session.scalars(queued.order_by(Job.id).with_for_update(of=Job, key_share=True)):
+    for job in session.scalars(queued.order_by(Job.client_id).with_for_update(of=Job, key_share=True)):
         stood = now - max(since, job.created_at)  # a merge that was under way may have been published, and to be measured, since
         job.created_at, job.deadline = job.created_at + stood, job.deadline + stood
 
 
 def end(session: Session, *which: ColumnElement[bool], state: JobState, reason: str, now: datetime) -> int:
     """End the jobs of this kind that have not ended yet; gives their number."""
+    lock(session, Job.state.in_(ACTIVE), *which)
     statement = update(Job).where(Job.state.in_(ACTIVE), *which).values(state=state, reason=reason, ended_at=now, lease_until=None)
     return cast(CursorResult[Any], session.execute(statement.execution_options(synchronize_session="fetch"))).rowcount
 
@@ -236,6 +237,7 @@ def take_over(session: Session, before: Round, round: Round) -> None:
     """Let a new attempt at a buffered round have what is in work, and what is in, of the one before it."""
     waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None))
     mine = (Job.round_id == before.id, Job.kind == JobKind.train, or_(Job.state.in_(ACTIVE), waits))
+    lock(session, *mine)
     session.execute(update(Job).where(*mine).values(round_id=round.id).execution_options(synchronize_session="fetch"))
 
 

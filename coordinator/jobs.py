@@ -110,6 +110,11 @@ def held(client_id: str, job_id: str, epoch: int) -> ColumnElement[bool]:
     return and_(Job.id == job_id, Job.client_id == client_id, Job.epoch == epoch, Job.state == JobState.leased)
 
 
+def lock(session: Session, *which: ColumnElement[bool]) -> None:
+    """Take these jobs until the transaction ends, in the order of their clients as everywhere; then they may be changed in any order."""
+    session.execute(select(Job.id).where(*which).order_by(Job.client_id).with_for_update(key_share=True)).all()
+
+
 def _advance(session: Session, client_id: str, job_id: str, epoch: int, **values: object) -> None:
     """Change a held job in one statement; whoever lost the lease meanwhile gets the reason. Raises NotFound, StaleLease, JobOver."""
     change = update(Job).where(held(client_id, job_id, epoch)).values(**values)

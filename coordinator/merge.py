@@ -15,6 +15,8 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
+from torch import Tensor
+
 from coordinator import aggregation, devices, sizes
 from coordinator.aggregation import Contribution, Given, ModuleRound
 from coordinator.assembly import Assembly, Merged, Piece, module_piece, tensor_piece
@@ -116,11 +118,14 @@ def merge_tensor(task: ModuleTask) -> Piece:
     the wire's dtype made of T, and a mean of what began there would lose, round by round, every step below its rounding.
     """
     blobs = Blobs.open(task.round.store)
+
+    def change(input: Input) -> Tensor:
+        given = open_slice(blobs, input.base).full(task.name)
+        return _opened(blobs, input).trained_full(task.name, lambda: given).double().sub_(given)
+
     merged = open_slice(blobs, task.round.previous).full(task.name).double()  # no dearer than bringing it elsewhere
     for input in task.round.inputs:
-        given = open_slice(blobs, input.base).full(task.name)
-        change = _opened(blobs, input).trained_full(task.name, lambda given=given: given).double().sub_(given)
-        merged.add_(change, alpha=input.weight * input.shrink)
+        merged.add_(change(input), alpha=input.weight * input.shrink)
     return tensor_piece(task.round.plan, task.name, merged)
 
 

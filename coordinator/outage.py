@@ -79,7 +79,8 @@ def _shift(
 ) -> None:
     """Row by row, because SQLite keeps times as text and cannot add to them."""
     (key,) = table.__table__.primary_key
-    query = select(key, *times).where(*which).order_by(key).with_for_update(key_share=True)
+    order = Job.client_id if table is Job else key
+    query = select(key, *times).where(*which).order_by(order).with_for_update(key_share=True)
     moved = [
         {name: value + gap if isinstance(value, datetime) else value for name, value in row._mapping.items()}
         for row in session.execute(query)

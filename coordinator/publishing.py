@@ -18,14 +18,14 @@ from sqlalchemy.orm import Session
 from coordinator import clients, counting, events, handout, manifests, published, rounds, sweeping
 from coordinator.assembly import Merged
 from coordinator.blobs import Blobs
-from coordinator.jobs import plan_of
+from coordinator.jobs import lock, plan_of
 from coordinator.manifests import Origin
 from coordinator.merge import Input, RoundTask
 from coordinator.tables import Client, Job, PublishedSlice, PublishedStart, Round, Run
 from protocol import errors
 from protocol.course import NormBound
 from protocol.plan import Plan
-from protocol.states import JobState, RoundState, RunState
+from protocol.states import JobKind, JobState, RoundState, RunState
 
 CLAIM = timedelta(seconds=6)  # prolonged while the merge goes on; so long nobody takes over from a coordinator that died
 FAILURES = 3  # a round whose merging failed so often fails its run; dying at it, or losing a worker, is no failure
@@ -154,6 +154,7 @@ def publish(
 def _accept(session: Session, round: Round, inputs: Sequence[Input]) -> dict[str, Origin]:
     """submitted → accepted, for the jobs that were merged; gives where each contribution came from."""
     own = or_(Job.round_id == round.id, Job.counted_in == round.id)
+    lock(session, own, Job.kind == JobKind.train)
     query = select(Job, Client.name, Round.number).join(Client, Job.client_id == Client.id).join(Round, Job.round_id == Round.id).where(own)
     found = {job.id: (job, Origin(client, number)) for job, client, number in session.execute(query)}
     merged = [found[input.job][0] for input in inputs]

@@ -125,6 +125,7 @@ def close(session: Session, run: Run, round: Round, reason: str, now: datetime) 
     if not _move(session, round, RoundState.open, RoundState.merging, reason=reason):
         return False
     plan, closed = plan_of(run), f"the round closed at {now:%Y-%m-%d %H:%M:%S} UTC: {reason}"
+    counting.lock(session, run, round)
     if plan.buffer is None:
         handout.end(session, Job.round_id == round.id, Job.kind == JobKind.train, state=JobState.cancelled, reason=closed, now=now)
     count = counting.settle(session, run, round, now)

@@ -144,9 +144,7 @@ def resume(session: Session, id: str, now: datetime) -> Run:
         if run.waiting_since is not None:
             handout.give_time_back(session, run, run.waiting_since, now)
         run.state, run.reason, run.ended_at, run.waiting_since = RunState.running, None, None, None
-        session.execute(
-            update(Round).where(Round.run_id == id, Round.state == RoundState.merging).values(merge_failures=0, merge_until=None)
-        )
+        session.execute(update(Round).where(Round.run_id == id, Round.state == RoundState.merging).values(merge_failures=0))
         events.record(session, now, "run-resumed", run=run.id)
     return run
 
@@ -156,19 +154,14 @@ def stop(session: Session, id: str, now: datetime) -> Run:
     run = _in(session, id, (RunState.running, RunState.paused, RunState.failed, RunState.stopped), "stop")
     if run.state != RunState.stopped:
         run.state, run.reason, run.ended_at = RunState.stopped, "by an operator", now
-        own = select(Round.id).where(Round.run_id == id)
-        session.execute(
-            update(Job)
-            .where(Job.round_id.in_(own), Job.state.in_(ACTIVE))
-            .values(state=JobState.cancelled, reason="the run was stopped", ended_at=now)
-            .execution_options(synchronize_session=False)
-        )
         session.execute(
             update(Round)
             .where(Round.run_id == id, Round.state.in_((RoundState.open, RoundState.merging)))
             .values(state=RoundState.abandoned, reason="the run was stopped", ended_at=now)
             .execution_options(synchronize_session=False)
         )
+        own = select(Round.id).where(Round.run_id == id)
+        handout.end(session, Job.round_id.in_(own), state=JobState.cancelled, reason="the run was stopped", now=now)
         events.record(session, now, "run-stopped", run=run.id)
     return run
 
