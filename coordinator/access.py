@@ -111,5 +111,10 @@ def revoke_token(session: Session, id: str) -> None:
     token.revoked = True
 
 
+def stands(session: Session, token: str) -> bool:
+    """Whether an operator's token was not revoked since."""
+    return session.scalar(select(Token.id).where(Token.id == token, Token.revoked.is_(False))) is not None
+
+
 def _view(token: Token) -> TokenView:
     return TokenView(id=token.id, name=token.name, role=Role(token.role), created_at=token.created_at, revoked=token.revoked)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +28,7 @@ from protocol.messages import BlobRef
 CHUNK = 1 << 20  # bytes
 GROWING = "hlora-merge-"  # so begin the names of temporary folders where files grow that become blobs
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+QUESTIONS = 16  # asked of a far store at a time
 _KEY = re.compile(r"sha256/([0-9a-f]{64})")
 
 
@@ -122,6 +124,11 @@ class Blobs:
         except errors.NotFound:
             return False
         return True
+
+    def missing(self, digests: Collection[str]) -> set[str]:
+        """Those of the blobs that are not here; asked all at once where each question waits for another machine."""
+        with ThreadPoolExecutor(min(QUESTIONS, len(digests)) if self.far and digests else 1) as pool:
+            return {digest for digest, here in zip(digests, pool.map(self.exists, digests), strict=True) if not here}
 
     def delete(self, digest: str) -> None:
         """Forget a blob; one that is not here is forgotten already."""

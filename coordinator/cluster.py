@@ -39,6 +39,10 @@ class Cluster(Executor):
             future: Future[T] = self._tasks.submit(function, *args, **kwargs)
         return future
 
+    def width(self) -> int:
+        """The tasks that all workers together carry out at a time."""
+        return sum(self._client.nthreads().values())
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster, which goes on without us."""
         self._tasks.shutdown(wait=wait)

@@ -33,6 +33,7 @@ from protocol.plan import Plan
 log = structlog.get_logger()
 SHARE = 0.05  # of a processor that looks may take: most of it is left to those who answer a fleet that calls all the time
 GLANCE = 0.05  # seconds between two looks, during a rest, whether a round has all its answers
+PUBLISHING = (0.1, 0.5, 2.0, 5.0, 10.0)  # seconds between the attempts to publish a round while the database is away
 BRIEF = 0.05  # processor seconds that they may take at once before a rest follows
 
 
@@ -161,9 +162,7 @@ class Conductor:
                 task = publishing.task(session, claim, self._blobs.url)
             with self._holding(claim):
                 merged = self._carry_out(task)
-            with self._database.write() as session:
-                now = self._database.clock(session)
-                woken = publishing.publish(session, self._blobs, claim, task, merged, time.monotonic() - began, now, self._pace)
+                woken = self._publish(claim, task, merged, time.monotonic() - began)
         except OperationalError:
             raise
         except Unavailable as error:
@@ -179,6 +178,19 @@ class Conductor:
     def _carry_out(self, task: RoundTask | Plan) -> Merged:
         with room():
             return first_adapter(task, self._blobs) if isinstance(task, Plan) else merge_round(task, self._executor, self._blobs)
+
+    def _publish(self, claim: Claim, task: RoundTask | Plan, merged: Merged, seconds: float) -> list[str]:
+        """Again where the database is away: a merge is not done anew for that. Twice is once, by the claim."""
+        for pause in PUBLISHING:
+            with suppress(OperationalError):
+                return self._published(claim, task, merged, seconds)
+            log.warning("publishing-waits", round=claim.round_id, seconds=pause)
+            time.sleep(pause)
+        return self._published(claim, task, merged, seconds)
+
+    def _published(self, claim: Claim, task: RoundTask | Plan, merged: Merged, seconds: float) -> list[str]:
+        with self._database.write() as session:
+            return publishing.publish(session, self._blobs, claim, task, merged, seconds, self._database.clock(session), self._pace)
 
     @contextmanager
     def _holding(self, claim: Claim) -> Iterator[None]:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import psycopg
 from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import ArgumentError
@@ -25,6 +27,13 @@ from protocol import crash, errors
 Clock = Callable[[Session], datetime]
 Last = Callable[[Session], Sequence[str]]  # what a transaction does before it commits; gives the crash points behind that
 LAST = "last"  # where it stands in a session's `info`
+# Of a server that vanished without a word nothing is heard; the operating system asks after it.
+ALIVE: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3, "connect_timeout": 10}
+# Nor does the server hear of a coordinator that vanished or hangs, whose open transaction would keep its rows from all others.
+WATCHED = """
+    set idle_in_transaction_session_timeout = '60s';
+    set tcp_keepalives_idle = 15; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3
+"""
 
 
 def database_clock(session: Session) -> datetime:
@@ -41,7 +50,8 @@ def open_engine(url: str) -> Engine:
     """An engine for SQLite (a file, write-ahead log) or PostgreSQL (psycopg 3). Raises InvalidRequest for any other URL."""
     parsed, file = _parsed(url), sqlite_file(url)
     if file is None:
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=20, max_overflow=20)
+        parsed, alive = parsed.set(drivername="postgresql+psycopg"), {key: ALIVE[key] for key in ALIVE.keys() - parsed.query.keys()}
+        return create_engine(parsed, connect_args=alive, pool_pre_ping=True, pool_size=20, max_overflow=20)
     file.parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=20, max_overflow=30)
     event.listen(engine, "connect", _prepare_sqlite)
@@ -99,6 +109,11 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> N
         connection.execute(f"PRAGMA {pragma}")
 
 
+def _watch(connection: psycopg.Connection, _: ConnectionPoolEntry) -> None:
+    connection.execute(WATCHED)
+    connection.commit()
+
+
 def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
@@ -108,6 +123,8 @@ class Database:
 
     def __init__(self, url: str, clock: Clock = database_clock) -> None:
         self.engine = open_engine(url)
+        if self.engine.dialect.name == "postgresql":
+            event.listen(self.engine, "connect", _watch)
         self.clock = clock
         self._readers = sessionmaker(self.engine, expire_on_commit=False)
         self._writers = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)

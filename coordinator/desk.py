@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -139,12 +140,20 @@ class Desk:
                 errand.tell(outcomes[errand])
 
     async def _apart(self, batch: Sequence[_Errand], error: Exception) -> None:
-        """What fails for one client shall not fail for the others."""
-        if len(batch) == 1:
-            batch[0].tell(error)
+        """What fails for one client shall not fail for the others; where the database is away it fails for all, at once."""
+        if len(batch) == 1 or not await run_in_threadpool(self._answers):
+            for errand in batch:
+                errand.tell(error)
             return
         for errand in batch:
-            await self._carry_out([errand])
+            if not errand.outcome.done():
+                await self._carry_out([errand])
+
+    def _answers(self) -> bool:
+        with suppress(SQLAlchemyError), self._database.read() as session:
+            self._database.clock(session)
+            return True
+        return False
 
     def _commit(self, batch: Sequence[_Errand]) -> dict[_Errand, object]:
         outcomes: dict[_Errand, object] = {}

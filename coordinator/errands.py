@@ -7,6 +7,7 @@ client, the lease's epoch and the state that it must be in.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -141,11 +142,12 @@ def keep(session: Session, brought: Sequence[Stored], _: datetime) -> list[BlobR
     Refuses with NotFound, StaleLease, JobOver; Unavailable, to put the blob again.
     """
     condemned = sweeping.condemned(session, [each.blob.digest for each in brought])
+    lost = condemned.union(*(blobs.missing(named) for blobs, named in _named(brought).items()))
     found = _read(session, brought)
     told: list[BlobRef | HLoRAError] = []
     for each in brought:
-        lost = each.blob.digest in condemned or not each.blobs.exists(each.blob.digest)
-        refusal = sweeping.lost(each.blob.digest) if lost else jobs.refusal(found.get(each.holder.job), each.holder)
+        gone = each.blob.digest in lost
+        refusal = sweeping.lost(each.blob.digest) if gone else jobs.refusal(found.get(each.holder.job), each.holder)
         told.append(refusal or each.blob)
     kept = [each for each, outcome in zip(brought, told, strict=True) if outcome is each.blob]
     new = [(e.holder, {"slice": e.blob.digest, "slice_bytes": e.blob.bytes, "change_norm": e.norm}) for e in kept]
@@ -153,6 +155,13 @@ def keep(session: Session, brought: Sequence[Stored], _: datetime) -> list[BlobR
     if kept:
         session.connection().execute(_PARTS_GONE, {"ids": [each.holder.job for each in kept]})
     return told
+
+
+def _named(brought: Sequence[Stored]) -> dict[Blobs, set[str]]:
+    found: dict[Blobs, set[str]] = defaultdict(set)
+    for each in brought:
+        found[each.blobs].add(each.blob.digest)
+    return found
 
 
 _PARTS_GONE = delete(Upload).where(Upload.job_id.in_(bindparam("ids", expanding=True)))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -203,12 +204,22 @@ def _shares(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
     return tuple(replace(input, weight=input.weight / total) for input in ordered)
 
 
+@runtime_checkable
+class Wide(Protocol):
+    """An executor whose workers are not this machine's cores."""
+
+    def width(self) -> int:
+        """The tasks that it carries out at a time."""
+        ...
+
+
 _Call = tuple[Callable[[ModuleTask], Piece], ModuleTask]
 
 
 def _in_order(executor: Executor, calls: Iterable[_Call]) -> Iterator[Piece]:
     """The calls' results in their order, a few ahead of the reader: enough for every core, and no more in memory."""
-    ahead = 2 * (os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    ahead = 2 * max(cores, executor.width() if isinstance(executor, Wide) else cores)
     waiting: deque[Future[Piece]] = deque()
     try:
         for function, task in calls:

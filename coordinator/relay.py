@@ -18,6 +18,7 @@ import structlog
 from sqlalchemy.engine import Engine
 
 from coordinator.bell import Bell
+from coordinator.database import ALIVE
 
 log = structlog.get_logger()
 
@@ -25,8 +26,6 @@ CHANNEL = "hlora"
 AT_ONCE = 300  # ids of some 23 bytes in one notification, which may have 8,000
 PAUSES = (1.0, 30.0)  # seconds between attempts to connect: the first, and the longest after doubling
 NAME = "hlora-relay"  # of the connection, in the server's list
-# Of a server that vanished without a word nothing is heard; the operating system asks after it.
-ALIVE: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3, "connect_timeout": 10}
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class ManifestInput(Strict):
     rank: int
     scale: float
     weight: float = Field(description="share of the merged sum")
-    shrink: float = Field(description="share of its change that counts, by the plan's norm bound")
+    shrink: float = Field(description="share of its change that counts, by the plan's norm bound and its staleness")
     base: Digest = Field(description="the slice that it started from")
     directions: tuple[int, ...] | None = Field(default=None, description="those of the base that it trained; all if none")
     staleness: int = Field(default=0, description="versions published between its start and its merge")

@@ -12,10 +12,10 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from sqlalchemy import func, select, text
 
-from coordinator import clients, events, quarantine
+from coordinator import access, clients, events, quarantine
 from coordinator.context import Context
 from coordinator.problems import documented
-from coordinator.routes.requests import COMMON, READERS, Parts
+from coordinator.routes.requests import COMMON, READERS, Parts, Reader
 from coordinator.tables import Job, Run
 from protocol import VERSION, errors
 from protocol.views import Event, Health
@@ -81,18 +81,21 @@ def metrics(parts: Parts) -> Response:
 )
 async def follow(
     parts: Parts,
+    reader: Reader,
     run: Annotated[str | None, Query(max_length=40, pattern=r"^[a-z]+-[0-9a-f]{16}$", description="only events of this run")] = None,
     last_event_id: Annotated[int | None, Header(ge=0, le=2**53, description="go on after this event")] = None,
 ) -> StreamingResponse:
     """Changes of state as they happen; a client that lost the connection goes on after `Last-Event-ID`."""
     start = last_event_id if last_event_id is not None else await run_in_threadpool(_newest, parts)
-    return StreamingResponse(_stream(parts, start, run), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    return StreamingResponse(_stream(parts, reader.id, start, run), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-async def _stream(parts: Context, last: int, run: str | None) -> AsyncIterator[str]:
+async def _stream(parts: Context, token: str, last: int, run: str | None) -> AsyncIterator[str]:
     yield ": connected\n\n"
     while not parts.bell.closed:
-        found = await run_in_threadpool(_after, parts, last, run)
+        found = await run_in_threadpool(_after, parts, token, last, run)
+        if found is None:
+            return
         for event in found:
             last = event.id
             yield f"id: {event.id}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n"
@@ -105,6 +108,7 @@ def _newest(parts: Context) -> int:
         return events.newest(session)
 
 
-def _after(parts: Context, last: int, run: str | None) -> list[Event]:
+def _after(parts: Context, token: str, last: int, run: str | None) -> list[Event] | None:
+    """What came since; none for a token that was revoked meanwhile."""
     with parts.database.read() as session:
-        return events.after(session, last, run)
+        return events.after(session, last, run) if access.stands(session, token) else None

@@ -99,7 +99,9 @@ def _identified(parts: Context, secret: str | None, kinds: Collection[Kind]) -> 
 Device = Annotated[Visitor, Depends(Clients())]
 Bringer = Annotated[Visitor, Depends(Clients(job=True))]
 Newcomer = Annotated[Caller, Depends(Only(Kind.enrolment))]
-READERS = [Depends(Only(Kind.admin, Kind.viewer))]
+_READER = Depends(Only(Kind.admin, Kind.viewer))
+Reader = Annotated[Caller, _READER]
+READERS = [_READER]
 ADMINS = [Depends(Only(Kind.admin))]
 
 Id = Annotated[str, Path(pattern=ID, description="as the coordinator gave it out")]

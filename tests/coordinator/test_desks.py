@@ -100,6 +100,27 @@ async def test_a_defect_is_told_to_the_one_whose_it_is_and_the_others_are_done_o
     assert rows(database) == {"first": 1, "last": 1}
 
 
+async def test_where_the_database_is_away_all_hear_of_it_at_once(database: Database) -> None:
+    """Nobody tries for one after the other what fails for all; nor, where it answers, for who stopped waiting."""
+    attempts: list[str] = []
+
+    def broken(session: Session, kinds: Sequence[str], _: datetime) -> list[str]:
+        attempts.extend(kinds)
+        database.clock = unanswered
+        raise OperationalError("select", None, ConnectionError("nobody answers"))
+
+    def unanswered(_: Session) -> datetime:
+        raise OperationalError("select", None, ConnectionError("nobody answers"))
+
+    desk, clock = Desk(database), database.clock
+    told = await asyncio.wait_for(asyncio.gather(*(desk.bring(broken, c, c) for c in "abc"), return_exceptions=True), SOON)
+
+    assert [type(outcome) for outcome in told] == [OperationalError] * 3
+    assert attempts == ["a", "b", "c"]
+    database.clock = clock
+    assert await desk.bring(write, "next", "next") == "next"
+
+
 async def test_who_stops_waiting_leaves_the_others_unharmed(database: Database) -> None:
     desk = Desk(database)
     gone, stays = (asyncio.ensure_future(desk.bring(write, kind, kind)) for kind in ("gone", "stays"))

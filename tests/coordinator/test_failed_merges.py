@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import select
+from sqlalchemy import event, select
+from sqlalchemy.exc import OperationalError
 
 from coordinator import publishing, tables
 from coordinator.conductor import Conductor
@@ -22,7 +23,7 @@ from protocol.contents import Label
 from protocol.plan import Dtype
 from protocol.slices import Factors
 from protocol.states import RoundState, RunState
-from tests.federation import Federation, make_plan
+from tests.federation import LAYOUT, Federation, make_plan
 
 
 def conductor(federation: Federation, executor: Executor) -> Conductor:
@@ -101,6 +102,37 @@ async def test_a_round_whose_process_was_killed_is_merged_by_new_ones_to_the_byt
 
     ours, theirs = await federation.admin.round(disturbed, 1), await federation.admin.round(undisturbed, 1)
     assert (ours.state, ours.adapter, ours.slices) == (RoundState.published, theirs.adapter, theirs.slices)
+
+
+class Counting(ThreadPoolExecutor):
+    """One worker, and how many tasks it was given."""
+
+    tasks = 0
+
+    def submit(self, *task: Any, **more: Any) -> Future[Any]:
+        self.tasks += 1
+        return super().submit(*task, **more)
+
+
+async def test_a_round_that_could_not_be_published_at_once_is_not_merged_again(federation: Federation) -> None:
+    """The connection is lost in the middle of the transaction that publishes."""
+    run = await closed(federation)
+    engine, lost = federation.parts.database.engine, []
+
+    def lose(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO slices") and not lost:
+            lost.append(statement)
+            raise OperationalError(statement, None, ConnectionError("the server closed the connection"))
+
+    event.listen(engine, "before_cursor_execute", lose)
+    with Counting(1) as executor:
+        conductor(federation, executor).tick()
+    event.remove(engine, "before_cursor_execute", lose)
+
+    assert lost
+    assert executor.tasks == len(LAYOUT.modules) + len(LAYOUT.full)
+    assert attempts(federation, run, 1) == (1, 0)
+    assert (await federation.admin.round(run, 1)).state is RoundState.published
 
 
 async def test_an_adapter_that_outgrows_its_wire_fails_the_run_at_the_first_attempt_and_says_what_would_hold_it(

@@ -102,6 +102,12 @@ def test_a_round_ends_while_its_jobs_are_renewed(database: Database, jobs: list[
     all_at_once(database, renewed, ended)
 
 
+def test_the_server_lets_go_of_what_a_coordinator_that_hangs_holds(database: Database) -> None:
+    for _ in range(2):  # a connection that comes back from the pool was rolled back
+        with database.write() as session:
+            assert session.scalar(text("show idle_in_transaction_session_timeout")) == "1min"
+
+
 def test_who_was_told_the_newest_event_was_told_all_before_it(database: Database) -> None:
     """Of two transactions the one that noted first commits last; and one that is about to commit is waited for."""
 

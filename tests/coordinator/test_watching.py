@@ -62,6 +62,15 @@ async def follow(viewer: Operator, until: str, *, last: int | None = None, run: 
     return found
 
 
+async def test_a_stream_ends_when_its_token_is_revoked(viewer: Operator, admin: Operator) -> None:
+    stream = asyncio.ensure_future(follow(viewer, "never"))
+    await asyncio.sleep(0.3)
+    tokens = await admin.call("GET", "/v1/tokens")
+    (mine,) = [token for token in tokens.json()["items"] if token["role"] == Role.viewer]
+    await admin.call("DELETE", f"/v1/tokens/{mine['id']}")
+    assert await asyncio.wait_for(stream, SOON) == []
+
+
 async def test_changes_of_state_are_told_as_they_happen_and_from_where_one_left_off(viewer: Operator, admin: Operator) -> None:
     before = asyncio.ensure_future(follow(viewer, "run-finished"))
     await asyncio.sleep(0.3)

@@ -112,6 +112,12 @@ def test_a_blob_put_again_is_young_again(tmp_path: Path) -> None:
     assert next(blobs.digests()).modified > datetime.now(UTC) - timedelta(minutes=1)
 
 
+def test_those_that_are_missing_are_told_of_many(blobs: Blobs) -> None:
+    here = [blobs.put(bytes([number])).digest for number in range(20)]
+    assert blobs.missing([*here, NOBODY]) == {NOBODY}
+    assert blobs.missing([]) == set()
+
+
 def test_an_unknown_blob_is_not_found(blobs: Blobs) -> None:
     assert not blobs.exists(NOBODY)
     for ask in (blobs.read, blobs.size, blobs.chunks, lambda name: blobs.read_range(name, 0, 1)):

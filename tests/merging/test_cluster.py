@@ -17,7 +17,7 @@ from distributed import LocalCluster, Scheduler, SpecCluster
 
 from coordinator.blobs import Blobs
 from coordinator.executors import open_executor
-from coordinator.merge import merge_round
+from coordinator.merge import Wide, merge_round
 from protocol import errors
 from protocol.plan import Layout
 from tests.merging.rounds import merge, second_round
@@ -42,6 +42,12 @@ def test_the_published_bytes_are_those_of_threads(cluster: str, blobs: Blobs) ->
 def test_every_worker_computes_with_one_torch_thread(cluster: str) -> None:
     with open_executor(cluster) as executor:
         assert [task.result() for task in [executor.submit(torch.get_num_threads) for _ in range(4)]] == [1] * 4
+
+
+def test_it_is_as_wide_as_its_workers_are_together(cluster: str) -> None:
+    with open_executor(cluster) as executor:
+        assert isinstance(executor, Wide)
+        assert executor.width() == 2
 
 
 class Losing(Executor):
