@@ -117,7 +117,8 @@ class Counting(ThreadPoolExecutor):
 async def test_a_round_that_could_not_be_published_at_once_is_not_merged_again(federation: Federation) -> None:
     """The connection is lost in the middle of the transaction that publishes."""
     run = await closed(federation)
-    engine, lost = federation.parts.database.engine, []
+    engine = federation.parts.database.engine
+    lost: list[str] = []
 
     def lose(_connection: object, _cursor: object, statement: str, *_: object) -> None:
         if statement.startswith("INSERT INTO slices") and not lost:
