@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.arrivals import Arrivals
 from coordinator.bell import Bell
@@ -30,6 +31,7 @@ class Context:
     quarantine: Quarantine
     arrivals: Arrivals | None  # where blobs lie in no object store there are none
     housekeeping: Housekeeping
+    sending: Counter[str] = field(default_factory=Counter)  # by client, the slices whose bytes are coming
 
     def close(self) -> None:
         """Let go of workers and connections."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated
 
@@ -39,6 +40,7 @@ SENT = (
 BODY = {"requestBody": {"required": True, "content": binary("application/octet-stream")}}
 PROGRESS = {"Upload-Offset": {"description": "bytes that are here for good", "schema": {"type": "integer"}}}
 
+AT_ONCE = 4  # slices of one client whose bytes are coming; an agent sends one, and one more where a connection was lost
 ContentLength = Annotated[int | None, Header(ge=0, le=2**53)]
 
 
@@ -68,7 +70,7 @@ async def put_slice(
     sender = Holder(caller.client, job, lease_epoch)
     wanted = jobs.wanted(caller.job, sender) if caller.job else await run_in_threadpool(_wanted, context, sender)
     digest = uploads.announced_digest(repr_digest)
-    async with _receive(request, context, wanted.largest, content_length) as body:
+    async with _receive(request, context, caller.client, wanted.largest, content_length) as body:
         if body.fault is not None:
             raise body.fault
         return await name(context, await uploads.in_turn(partial(_take, context, sender, wanted, body, digest)))
@@ -118,7 +120,7 @@ async def patch_slice(
     if found.complete:
         return SliceReceipt(digest=whole.digest, bytes=whole.length)
     largest = min(parts.LONGEST, whole.length - upload_offset)
-    async with _receive(request, context, largest, content_length) as body:
+    async with _receive(request, context, sender.client, largest, content_length) as body:
         if upload_offset + body.length == whole.length:
             stored = await uploads.in_turn(partial(_finish, context, sender, wanted, whole, body))
             return SliceReceipt(digest=whole.digest, bytes=whole.length) if stored is None else await name(context, stored)
@@ -136,9 +138,23 @@ def announced(repr_digest: str, length: int) -> Whole:
     return Whole(digest, length)
 
 
-def _receive(request: Request, context: Context, largest: int, announced: int | None) -> AbstractAsyncContextManager[Body]:
+@asynccontextmanager
+async def _receive(request: Request, context: Context, client: str, largest: int, announced: int | None) -> AsyncIterator[Body]:
+    """The body of a request, spooled. Raises Unavailable where so many of the client's are coming that they would fill the disk."""
+    if context.sending[client] >= AT_ONCE:
+        raise errors.Unavailable(f"{AT_ONCE} slices of this client are on their way already; send this one when one of them is here")
     settings = context.settings
-    return uploads.receive(request.stream(), settings.spool_folder, largest=largest, announced=announced, stall=settings.stall_seconds)
+    context.sending[client] += 1
+    try:
+        receiving = uploads.receive(
+            request.stream(), settings.spool_folder, largest=largest, announced=announced, stall=settings.stall_seconds
+        )
+        async with receiving as body:
+            yield body
+    finally:
+        context.sending[client] -= 1
+        if not context.sending[client]:
+            del context.sending[client]
 
 
 def _wanted(context: Context, sender: Holder) -> jobs.Upload:

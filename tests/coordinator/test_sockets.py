@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from coordinator.routes.slices import AT_ONCE
 from protocol import errors
 from protocol.messages import Job
 from protocol.states import JobState, Role, RunState
@@ -42,11 +43,20 @@ async def holding(admin: Operator) -> tuple[Device, Job]:
 
 async def first_job(admin: Operator) -> tuple[Device, Job]:
     """A device that holds the only job of a round."""
-    device = await enrol(admin, "device", make_profile())
-    await admin.create(make_plan(cohort={"target": 1, "quorum": 1}, evaluation={"every": 0}))
-    job = await device.next_job(wait=20)
-    assert job is not None
-    return device, job
+    (held,) = await first_jobs(admin, 1)
+    return held
+
+
+async def first_jobs(admin: Operator, count: int) -> list[tuple[Device, Job]]:
+    """So many devices, each of which holds a job of the same round."""
+    devices = [await enrol(admin, f"device {number}", make_profile()) for number in range(count)]
+    await admin.create(make_plan(cohort={"target": count, "quorum": 1}, evaluation={"every": 0}))
+    held = []
+    for device in devices:
+        job = await device.next_job(wait=20)
+        assert job is not None
+        held.append((device, job))
+    return held
 
 
 def request(job: str, secret: str, length: int, *, method: str = "PUT", **headers: str) -> bytes:
@@ -196,17 +206,32 @@ async def test_a_body_that_stalls_is_waited_for_no_longer(sqlite_url: str, tmp_p
             assert (await device.head(job))["Upload-Offset"] == str(kept)
 
 
-async def test_uploads_that_wait_for_their_senders_hold_nobody_up(address: Address, holding: tuple[Device, Job]) -> None:
-    device, job = holding
+async def test_uploads_that_wait_for_their_senders_hold_nobody_up(address: Address, admin: Operator) -> None:
+    *slow, (device, job) = await first_jobs(admin, 16)
     data = await device.trained(job)
     with ExitStack() as open:
-        for _ in range(60):  # more than the server has threads
+        for other, theirs in AT_ONCE * slow:  # more than the server has threads
             connection = open.enter_context(address.connect())
-            begun(connection, part(job, device, data, 0))
+            begun(connection, part(theirs, other, data, 0))
             connection.sendall(data[:10])
 
         assert (await device.renew(job)).verdict == "continue"
         assert await device.patch(job, data, 0, 500) == 500
+
+
+async def test_a_client_sends_a_few_slices_at_once_and_no_more(address: Address, holding: tuple[Device, Job]) -> None:
+    device, job = holding
+    data = await device.trained(job)
+    with ExitStack() as open:
+        for _ in range(AT_ONCE):
+            connection = open.enter_context(address.connect())
+            begun(connection, part(job, device, data, 0))
+            connection.sendall(data[:10])
+        with pytest.raises(errors.Unavailable, match="of this client are on their way"):
+            await device.put_slice(job, data)
+    await reached(device, job, 10)
+
+    assert (await device.put_slice(job, data)).bytes == len(data)
 
 
 async def test_a_cut_body_of_json_does_nothing(address: Address, admin: Operator, holding: tuple[Device, Job]) -> None:
