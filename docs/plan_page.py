@@ -73,7 +73,7 @@ learning_rate = 1e-3
 cooling = 0.1                       # in the last round a tenth of that
 
 [strategy]
-name = "folded"                     # which suits what: see strategies; by default it is delta
+name = "folded"                     # the default; which suits what: see strategies
 options = { momentum = 0.5 }
 
 [ranks]

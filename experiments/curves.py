@@ -18,6 +18,7 @@ from experiments.summary import Line, lines
 
 INK, GREY, FAINT = "#1c2330", "#6b7280", "#e5e7eb"
 LEAST, PER_LABEL, AROUND = 4.6, 0.19, 1.1  # inches: the lowest picture, a label at a line's end, what is above and below the axes
+FEW = 8  # measured rounds, up to which each is marked: between them nothing was seen
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -124,11 +125,12 @@ def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float,
     rows = [{round.round: found for round in run.rounds if (found := value(round)) is not None} for run in line.runs.values()]
     rounds = sorted(set.intersection(*(set(row) for row in rows)))
     means = [interval([row[n] for row in rows]) for n in rounds]
-    axes.plot(rounds, [x.mean for x in means], look.line, color=look.colour, marker=look.marker, linewidth=1.8, markersize=3.5)
+    marker, size = (look.marker, 3.5) if look.marker or len(rounds) > FEW else (".", 7.0)
+    axes.plot(rounds, [x.mean for x in means], look.line, color=look.colour, marker=marker, linewidth=1.8, markersize=size)
     if len(rows) > 2:  # of two seeds it would cover the picture, and say nothing
         least, most = bounds or (float("-inf"), float("inf"))
         low, high = [max(least, x.mean - (x.half or 0)) for x in means], [min(most, x.mean + (x.half or 0)) for x in means]
-        axes.fill_between(rounds, low, high, color=look.colour, alpha=0.12, linewidth=0)
+        axes.fill_between(rounds, low, high, color=look.colour, alpha=0.08, linewidth=0)
     return means[-1].mean if means else None
 
 

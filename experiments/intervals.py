@@ -6,6 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+K = TypeVar("K")
 
 # Student's t: the 97.5 % quantile for 1 to 30 degrees of freedom.
 QUANTILES = (
@@ -47,10 +50,14 @@ def beyond(t: float, freedom: int) -> float:
     return 1 - (2 / math.pi * (angle + within) if odd else within)
 
 
-def standing(found: Sequence[Interval], level: float = 0.05) -> int:
-    """How many differences stand by Holm's procedure: of so many, one would be among them by chance with that probability at most."""
-    chances = sorted(x.chance for x in found)
-    return next((n for n, chance in enumerate(chances) if chance > level / (len(chances) - n)), len(chances))
+def standing(found: Mapping[K, Interval], level: float = 0.05) -> set[K]:
+    """Which differences stand by Holm's procedure: of so many, one would be among them by chance with that probability at most."""
+    stand: set[K] = set()
+    for n, pair in enumerate(sorted(found, key=lambda pair: found[pair].chance)):
+        if found[pair].chance > level / (len(found) - n):
+            break
+        stand.add(pair)
+    return stand
 
 
 def quantile(freedom: int) -> float:

@@ -15,6 +15,7 @@ from experiments.records import Finished
 from experiments.summary import BySeed, Line, better, lines, shares
 
 FEWEST = 3  # measured rounds, beside the untrained adapter, from which on a mean over all rounds says something
+STANDS = " †"  # behind a difference that stands among all of its table
 BY_CHANCE = 20  # one in so many 95 % intervals leaves out zero where nothing differs
 
 
@@ -100,17 +101,22 @@ def _differences(title: str, reading: str, experiment: Experiment, found: Sequen
     references = [line for name in experiment.references if (line := _line(found, name)) is not None]
     against = {(a.name, b.name): None if a is b else difference(value(a), value(b)) for a in found for b in references}
     pairs = {frozenset(pair): x for pair, x in against.items() if x is not None and x.half is not None}  # each of two references once
-    apart = sum(x.apart for x in pairs.values())
+    apart, stand = sum(x.apart for x in pairs.values()), standing(pairs)
+
+    def cell(a: Line, b: Line) -> str:
+        return signed(against[a.name, b.name]) + (STANDS if frozenset((a.name, b.name)) in stand else "")
+
     note = (
         f"{_counted(len(pairs), 'difference')} in this table, those between two of its columns counted once; the intervals of {apart} "
         f"leave out zero. If nothing differed, one in {BY_CHANCE} would do so by chance, of so many about {len(pairs) / BY_CHANCE:.1f}. "
-        f"Corrected for how many there are (Holm's procedure, 5 %), {standing(list(pairs.values()))} of them stand."
+        f"Corrected for how many there are (Holm's procedure, 5 %), {len(stand)} of them stand"
+        f"{', marked †' if stand else ''}."
     )
     return Table(
         title,
         reading,
         ["contestant", *(f"against {line.name}" for line in references)],
-        [[line.name, *(signed(against[line.name, other.name]) for other in references)] for line in found],
+        [[line.name, *(cell(line, other) for other in references)] for line in found],
         note if pairs else "",
     )
 

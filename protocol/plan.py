@@ -229,7 +229,7 @@ class Plan(Strict):
     adapter: Adapter
     layout: Layout | None = Field(default=None, description="filled when the plan is resolved")
     training: Training
-    strategy: Choice = Choice(name="delta")
+    strategy: Choice = Choice(name="folded")
     cap: int | None = Field(default=None, ge=1, le=LARGEST_RANK, description="rank of the global adapter; by default the ladder's largest")
     ranks: Ranks
     cohort: Cohort

@@ -62,10 +62,10 @@ def test_by_holm_a_difference_stands_against_all_that_are_no_clearer() -> None:
         return Interval(1.0, quantile(4) / next(t / 1000 for t in range(10_000) if beyond(t / 1000, 4) <= chance), 5)
 
     assert at(0.04).chance == pytest.approx(0.04, abs=1e-3)
-    assert standing([at(0.04), at(0.01), at(0.045)]) == 1
-    assert standing([at(0.001), at(0.002), at(0.003)]) == 3
-    assert standing([]) == standing([Interval(1.0, None, 1)]) == 0
-    assert standing([Interval(1.0, 0.0, 5)]) == 1
+    assert standing({"a": at(0.04), "b": at(0.01), "c": at(0.045)}) == {"b"}
+    assert standing(dict(enumerate([at(0.001), at(0.002), at(0.003)]))) == {0, 1, 2}
+    assert standing({}) == standing({"one seed": Interval(1.0, None, 1)}) == set()
+    assert standing({"no spread": Interval(1.0, 0.0, 5)}) == {"no spread"}
 
 
 def test_the_area_under_a_curve_is_its_mean_height() -> None:

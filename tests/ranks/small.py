@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from coordinator.ranks import Candidate, Measured
 from protocol.course import Cohort, Times, Training
 from protocol.messages import Dataset, Limits, Profile, Usage
-from protocol.plan import Adapter, BaseFacts, Dtype, Layout, Model, Plan, Ranks, SequenceClassification
+from protocol.plan import Adapter, BaseFacts, Choice, Dtype, Layout, Model, Plan, Ranks, SequenceClassification
 
 LAYOUT = Layout(modules={"one": (64, 64), "two": (64, 64)}, base=BaseFacts(parameters=1_000_000, layers=2, hidden=64, vocabulary=1_000))
 
@@ -26,6 +26,7 @@ def make_plan(
             "data": "texts",
             "adapter": Adapter(modules=["one", "two"]),
             "layout": LAYOUT,
+            "strategy": Choice(name="delta"),
             "training": Training(learning_rate=1e-3, batch_size=8),
             "ranks": Ranks(name=name, ladder=list(ladder), options=options or {}),
             "cohort": Cohort(target=1, quorum=1),
