@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator import problems
 from coordinator.arrivals import Arrivals
@@ -84,7 +83,6 @@ def create_app(context: Context) -> FastAPI:
     for operators in (runs, fleet, quarantine):
         app.include_router(operators.reading)
         app.include_router(operators.changing)
-    app.add_middleware(BodyLimit, limit=context.settings.json_limit_bytes)
     return app
 
 
@@ -107,25 +105,3 @@ async def _conducting(app: FastAPI) -> AsyncIterator[None]:
             for thread in threads:
                 thread.join()
     parts.close()
-
-
-class BodyLimit:
-    """No JSON body is read beyond a limit. Slices have their own, which depends on the job."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].endswith("/slice"):
-            return await self._app(scope, receive, send)
-        came = 0
-
-        async def counted() -> Message:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > self._limit:
-                raise errors.TooLarge(f"a JSON body may have {self._limit} bytes", largest=self._limit)
-            return message
-
-        return await self._app(scope, counted, send)

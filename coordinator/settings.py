@@ -48,8 +48,10 @@ class Settings(BaseSettings):
     quarantine_bytes: int = Field(default=2**30, ge=0, description="most bytes of rejected slices that are kept, the newest")
     quarantine_days: float = Field(default=30.0, gt=0, description="how long a rejected contribution is kept, with its reason")
     event_days: float = Field(default=365.0, gt=0, description="how long the log of changes is kept")
-    stall_seconds: float = Field(default=30.0, gt=0, description="a slice of which no byte comes for so long is waited for no longer")
-    json_limit_bytes: int = Field(default=8 * 2**20, ge=2**16, description="longest JSON body")
+    stall_seconds: float = Field(default=30.0, gt=0, description="a body of which no byte comes for so long is waited for no longer")
+    json_limit_bytes: int = Field(
+        default=8 * 2**20, ge=2**16, description="longest plan as JSON; what else is sent as JSON may have 64 KiB, a profile 256"
+    )
     log_json: bool = Field(default=False, description="logs as JSON lines instead of text")
     crash_at: str | None = Field(
         default=None, description="for tests: die at this point, as by `kill -9`; NAME, or NAME:N for the n-th time"

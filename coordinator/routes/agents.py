@@ -12,16 +12,17 @@ from coordinator import clients, errands, jobs
 from coordinator.errands import Answering, Renewing
 from coordinator.jobs import Holder
 from coordinator.problems import documented
-from coordinator.routes.requests import COMMON, Device, Id, Newcomer, Parts
+from coordinator.routes.bodies import Bounded
+from coordinator.routes.requests import COMMON, READ, Device, Id, Newcomer, Parts
 from protocol import VERSION, errors
 from protocol.crash import Point
 from protocol.messages import ClientSelf, Enrol, Enrolled, GiveBack, Job, Profile, Progress, Renewal, Result, ResultReceipt
 
-router = APIRouter(prefix="/v1", tags=["agents"])
+router = APIRouter(prefix="/v1", tags=["agents"], route_class=Bounded)
 HELD = (errors.NotFound, errors.StaleLease, errors.JobOver)
 
 
-@router.post("/clients", status_code=201, responses=documented(*COMMON, errors.InvalidProfile, errors.EnrolmentOver, errors.NameTaken))
+@router.post("/clients", status_code=201, responses=documented(*READ, errors.InvalidProfile, errors.EnrolmentOver, errors.NameTaken))
 def enrol(body: Enrol, caller: Newcomer, parts: Parts) -> Enrolled:
     """Redeem an enrolment token with a name and a profile; the credential is told this once."""
     with parts.database.write() as session:
@@ -35,7 +36,7 @@ def whoami(caller: Device, parts: Parts) -> ClientSelf:
         return clients.itself(session, caller.client)
 
 
-@router.put("/clients/me/profile", responses=documented(*COMMON, errors.InvalidProfile))
+@router.put("/clients/me/profile", responses=documented(*READ, errors.InvalidProfile))
 def set_profile(body: Profile, caller: Device, parts: Parts) -> ClientSelf:
     """Replace the profile. A run that this device refused is offered to it again."""
     with parts.database.write() as session:
@@ -93,14 +94,14 @@ def _check_version(version: str | None) -> None:
         raise errors.OutdatedAgent(f"this coordinator needs agents of version {major}.{minor} or newer, yours is {version}; upgrade it")
 
 
-@router.post("/jobs/{job}/lease", responses=documented(*COMMON, *HELD))
+@router.post("/jobs/{job}/lease", responses=documented(*READ, *HELD))
 async def renew(job: Id, body: Progress, caller: Device, parts: Parts) -> Renewal:
     """Prolong the lease and say how far the work is; the answer says whether to go on."""
     renewing = Renewing(Holder(caller.client, job, body.epoch), body)
     return await parts.desk.bring(errands.renew, caller.client, renewing, Point.lease_renewed)
 
 
-@router.delete("/jobs/{job}/lease", status_code=204, responses=documented(*COMMON, *HELD))
+@router.delete("/jobs/{job}/lease", status_code=204, responses=documented(*READ, *HELD))
 def give_back(job: Id, body: GiveBack, caller: Device, parts: Parts) -> None:
     """Give the job back, with the reason."""
     with parts.database.write() as session:
@@ -113,7 +114,7 @@ def give_back(job: Id, body: GiveBack, caller: Device, parts: Parts) -> None:
     status_code=201,
     responses={
         200: {"model": ResultReceipt, "description": "the same result again"},
-        **documented(*COMMON, *HELD, errors.DifferentResult, errors.InvalidResult),
+        **documented(*READ, *HELD, errors.DifferentResult, errors.InvalidResult),
     },
 )
 async def put_result(job: Id, body: Result, caller: Device, parts: Parts, response: Response) -> ResultReceipt:

@@ -6,7 +6,8 @@ from fastapi import APIRouter
 
 from coordinator import access, clients
 from coordinator.problems import documented
-from coordinator.routes.requests import ADMINS, COMMON, READERS, Cursor, Id, Limit, Parts
+from coordinator.routes.bodies import Bounded
+from coordinator.routes.requests import ADMINS, COMMON, READ, READERS, Cursor, Id, Limit, Parts
 from protocol import errors
 from protocol.views import (
     ClientChange,
@@ -22,7 +23,7 @@ from protocol.views import (
 )
 
 reading = APIRouter(prefix="/v1", tags=["fleet"], dependencies=READERS)
-changing = APIRouter(prefix="/v1", tags=["fleet"], dependencies=ADMINS)
+changing = APIRouter(prefix="/v1", tags=["fleet"], dependencies=ADMINS, route_class=Bounded)
 GONE = documented(*COMMON, errors.NotFound)
 
 
@@ -42,7 +43,7 @@ def show_client(client: Id, parts: Parts) -> ClientView:
         return clients.view(session, clients.get(session, client), now, clients.pace_now(session, parts.settings.poll_seconds, now))
 
 
-@changing.patch("/clients/{client}", responses=GONE | documented(errors.Conflict))
+@changing.patch("/clients/{client}", responses=documented(*READ, errors.NotFound, errors.Conflict))
 def change_client(client: Id, body: ClientChange, parts: Parts) -> ClientChanged:
     """Set labels, pause, reinstate, revoke, or rotate the credential (the new one is told this once)."""
     with parts.database.write() as session:
@@ -55,7 +56,7 @@ def change_client(client: Id, body: ClientChange, parts: Parts) -> ClientChanged
     return answer
 
 
-@changing.post("/enrolments", status_code=201, responses=documented(*COMMON))
+@changing.post("/enrolments", status_code=201, responses=documented(*READ))
 def make_enrolment(body: EnrolmentRequest, parts: Parts) -> EnrolmentMade:
     """Make an enrolment token; it is told this once."""
     with parts.database.write() as session:
@@ -76,7 +77,7 @@ def revoke_enrolment(enrolment: Id, parts: Parts) -> None:
         clients.revoke_enrolment(session, enrolment)
 
 
-@changing.post("/tokens", status_code=201, responses=documented(*COMMON))
+@changing.post("/tokens", status_code=201, responses=documented(*READ))
 def make_token(body: TokenRequest, parts: Parts) -> TokenMade:
     """Make an operator's token; it is told this once."""
     with parts.database.write() as session:

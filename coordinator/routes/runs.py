@@ -22,7 +22,8 @@ from coordinator.jobs import plan_of
 from coordinator.problems import binary, documented
 from coordinator.reading import open_slice
 from coordinator.readout import Wanted
-from coordinator.routes.requests import ADMINS, COMMON, READERS, Cursor, Id, Limit, Number, Parts
+from coordinator.routes.bodies import Bounded
+from coordinator.routes.requests import ADMINS, COMMON, READ, READERS, Cursor, Id, Limit, Number, Parts
 from coordinator.stores import room
 from coordinator.tables import Run
 from protocol import errors
@@ -30,7 +31,7 @@ from protocol.plan import LARGEST_RANK, Plan
 from protocol.views import Description, Page, RoundSummary, RoundView, RunDetail, RunView
 
 reading = APIRouter(prefix="/v1", tags=["runs"], dependencies=READERS)
-changing = APIRouter(prefix="/v1", tags=["runs"], dependencies=ADMINS)
+changing = APIRouter(prefix="/v1", tags=["runs"], dependencies=ADMINS, route_class=Bounded)
 
 
 @changing.post(
@@ -38,7 +39,7 @@ changing = APIRouter(prefix="/v1", tags=["runs"], dependencies=ADMINS)
     status_code=201,
     responses={
         200: {"model": RunDetail, "description": "the run that this key made before"},
-        **documented(*COMMON, errors.InvalidPlan, errors.KeyReused),
+        **documented(*READ, errors.InvalidPlan, errors.KeyReused),
     },
 )
 def create_run(

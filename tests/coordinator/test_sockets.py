@@ -206,6 +206,22 @@ async def test_a_body_that_stalls_is_waited_for_no_longer(sqlite_url: str, tmp_p
             assert (await device.head(job))["Upload-Offset"] == str(kept)
 
 
+async def test_a_json_body_that_stalls_is_waited_for_no_longer(sqlite_url: str, tmp_path: Path) -> None:
+    with serving(sqlite_url, tmp_path, stall_seconds=0.2) as address:
+        async with httpx.AsyncClient(base_url=address.url, timeout=30, trust_env=False) as http:
+            device, job = await first_job(Operator(http, make_token(address.parts, Role.admin)))
+            head = f"PUT /v1/jobs/{job.id}/result HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {device.secret}\r\n"
+            with address.connect() as connection:
+                connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 500\r\n\r\n{{".encode())
+
+                error = refusal(answered(connection))
+                assert connection.recv(1) == b"", "the connection is still open"
+
+            assert isinstance(error, errors.StalledBody)
+            assert "after 1;" in error.detail
+            assert (await device.renew(job)).verdict == "continue"
+
+
 async def test_uploads_that_wait_for_their_senders_hold_nobody_up(address: Address, admin: Operator) -> None:
     *slow, (device, job) = await first_jobs(admin, 16)
     data = await device.trained(job)
