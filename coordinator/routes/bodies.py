@@ -1,5 +1,7 @@
 """What is read of a JSON body: nothing before its sender is known, no more than an honest one has, and not for ever.
 
+It is counted before it is checked: checking makes a mistake of each wrong entry, and would tell of a million when one says as much.
+
 A framework reads the body first and asks for the credential then. Routes of this kind ask first. What has no JSON body is left as it
 is: of most requests nothing is read, and slices have bounds of their own, which depend on the job.
 """
@@ -7,7 +9,8 @@ is: of most requests nothing is read, and slices have bounds of their own, which
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -20,9 +23,19 @@ from protocol import errors
 from protocol.messages import Enrol, Profile
 from protocol.plan import Plan
 
-LONGEST = 1 << 16  # bytes; a result with all its metrics has a sixth of it
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much an honest message of a kind has at most."""
+
+    bytes: int
+    entries: int  # names and items, at any depth
+
+
+MESSAGE = Bounds(1 << 16, 1 << 10)  # a result with all its metrics has a fifth of both
 # A profile may hold 64 KiB of text, and as much again goes into the quotes, names and numbers around it.
-LONGEST_OF: Mapping[object, int] = {Profile: 1 << 18, Enrol: 1 << 18}
+PROFILE = Bounds(1 << 18, 1 << 13)
+PLANS_ENTRIES = 1 << 17  # the 20,000 modules that a layout may have are half of it
 
 
 class Bounded(APIRoute):
@@ -40,14 +53,41 @@ class Bounded(APIRoute):
             settings = parts(request).settings
             for door in doors:
                 await door.before_the_body(request)
-            return await handle(Request(request.scope, _coming(request, longest(kind, settings), settings.stall_seconds)))
+            return await handle(_Bounded(request, bounds(kind, settings), settings.stall_seconds))
 
         return bounded
 
 
-def longest(kind: object, settings: Settings) -> int:
-    """Bytes that a message of this kind may have as JSON."""
-    return settings.json_limit_bytes if kind is Plan else LONGEST_OF.get(kind, LONGEST)
+def bounds(kind: object, settings: Settings) -> Bounds:
+    """Of messages of this kind."""
+    if kind is Plan:
+        return Bounds(settings.json_limit_bytes, PLANS_ENTRIES)
+    return PROFILE if kind in (Profile, Enrol) else MESSAGE
+
+
+class _Bounded(Request):
+    """A request whose body is read within bounds. Raises TooLarge, StalledBody."""
+
+    def __init__(self, request: Request, bounds: Bounds, stall: float) -> None:
+        super().__init__(request.scope, _coming(request, bounds.bytes, stall))
+        self._most = bounds.entries
+
+    async def json(self) -> object:
+        found: object = await super().json()
+        if _count(found, self._most) > self._most:
+            raise errors.TooLarge(f"the body has more than {self._most} names and items; this route takes no more", most=self._most)
+        return found
+
+
+def _count(found: object, most: int) -> int:
+    """How many names and items there are in it, at any depth; it may stop as soon as there are more than so many."""
+    count, unseen = 0, [found]
+    while unseen and count <= most:
+        each = unseen.pop()
+        if isinstance(each, dict | list):
+            count += len(each)
+            unseen.extend(each.values() if isinstance(each, dict) else each)
+    return count
 
 
 def _coming(request: Request, limit: int, stall: float) -> Receive:

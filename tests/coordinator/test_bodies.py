@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from coordinator.routes.bodies import LONGEST
+from coordinator.routes.bodies import MESSAGE
 from protocol import errors
 from protocol.messages import LONGEST_PROFILE, MOST_COLUMNS, Dataset, GiveBack, Metric, Result
 from protocol.views import TokenMade
@@ -134,4 +136,47 @@ async def test_the_largest_honest_messages_are_taken(small: Federation) -> None:
     assert taken.status_code == 200, taken.text
     assert isinstance(refusal(stale), errors.StaleLease)
     assert given.status_code == 204
-    assert max(len(stale.request.content), len(given.request.content)) < LONGEST / 4
+    assert max(len(stale.request.content), len(given.request.content)) < MESSAGE.bytes / 4
+
+
+def wrong(count: int) -> str:
+    """So many names that are none."""
+    return "{" + ",".join(f'"{n:x}":0' for n in range(count)) + "}"
+
+
+LISTS = "[" + ",".join(["[]"] * 1000) + "]"
+WORST = {
+    "result, unknown names": ("PUT", "/v1/jobs/{job}/result", wrong(7_500)),
+    "result, metrics": ("PUT", "/v1/jobs/{job}/result", '{"epoch":1,"examples":1,"metrics":' + wrong(7_500) + "}"),
+    "lease, unknown names": ("POST", "/v1/jobs/{job}/lease", wrong(7_500)),
+    "profile, unknown names": ("PUT", "/v1/clients/me/profile", wrong(28_000)),
+    "profile, data sets": ("PUT", "/v1/clients/me/profile", '{"memory_bytes":1,"training_flops":1,"datasets":' + wrong(28_000) + "}"),
+    "profile, data sets within bounds": ("PUT", "/v1/clients/me/profile", '{"memory_bytes":1,"datasets":' + wrong(8_100) + "}"),
+    "profile, columns": (
+        "PUT",
+        "/v1/clients/me/profile",
+        '{"memory_bytes":1,"datasets":{' + ",".join(f'"{n}":{{"train":1,"columns":{LISTS}}}' for n in range(85)) + "}}",
+    ),
+}
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """As in the server, nobody looks through what was imported when much is made at once."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen")
+@pytest.mark.parametrize("case", WORST)
+async def test_the_worst_message_of_a_client_takes_no_more_than_a_moment(small: Federation, case: str) -> None:
+    device = await small.enrol("device")
+    method, path, text = WORST[case]
+    began = time.process_time()
+
+    response = await device.call(method, filled(path), content=text, headers=JSON)
+
+    took = time.process_time() - began
+    assert isinstance(refusal(response), errors.TooLarge | errors.InvalidRequest)
+    assert took < 0.2
