@@ -48,6 +48,7 @@ class _Server(uvicorn.Server):
 def serve(app: FastAPI, settings: Settings, before_exit: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; requests in flight are answered first."""
     _share_pools()
+    _open_many()
     gc.freeze()  # what was imported stays; to look through all of it again and again costs more than any request
     config = uvicorn.Config(
         app,
@@ -66,3 +67,20 @@ def _share_pools() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # where there is none, there are no such pools
     if mallopt is not None:
         mallopt(M_ARENA_MAX, POOLS)
+
+
+def _open_many() -> None:
+    """Open as many files as the system allows at all: every agent that waits holds a connection, and so few are allowed unasked."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover  # a system without such limits
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft in (hard, resource.RLIM_INFINITY):
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # pragma: no cover  # where it must stay below a limit of the kernel's
+        log.info("files-limited", most=soft)
+    else:
+        log.info("files-allowed", most=hard, before=soft)

@@ -202,12 +202,14 @@ def _linked(file: Path, path: Path) -> bool:
 
 @contextmanager
 def room() -> Iterator[None]:
-    """Raises InsufficientStorage where a disk, or a share of it, is full."""
+    """Raises InsufficientStorage where a disk, or a share of it, is full; Unavailable where no more files may be open."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise errors.InsufficientStorage("the coordinator's disk is full; try again when there is room") from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise errors.Unavailable("the coordinator has as many files and connections open as it may; try again") from error
         raise
 
 
