@@ -9,7 +9,7 @@ import typer
 from rich.console import Group
 
 from admin import words
-from admin.command import AsJson, answer, connect, facts, group, table
+from admin.command import AsJson, answer, asked, connect, facts, group, table
 from admin.naming import Which, client_id
 from protocol import errors
 from protocol.states import ClientState
@@ -99,7 +99,7 @@ def label(
     with connect(ctx) as connection:
         id = client_id(connection, client)
         labels = changed(connection.client(id).labels, changes)
-        found = connection.change_client(id, ClientChange(labels=labels)).client
+        found = connection.change_client(id, asked(ClientChange, labels=labels)).client
     answer(found, as_json, facts(_standing(found)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -17,7 +17,9 @@ from admin.client import Client
 from admin.settings import Settings
 from admin.words import json_text, printable
 from protocol import errors
+from protocol.strict import mistakes
 
+M = TypeVar("M", bound=BaseModel)
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -63,6 +65,14 @@ def connect_openly(ctx: typer.Context) -> Client:
     """The coordinator, for what it tells everybody."""
     settings: Settings = ctx.obj
     return Client(settings.url, None, insecure=True, ca_file=settings.ca_file)
+
+
+def asked(kind: type[M], **said: object) -> M:
+    """A request of what was said on the command line. Raises InvalidRequest where it cannot be asked for."""
+    try:
+        return kind.model_validate(said)
+    except ValidationError as error:
+        raise errors.InvalidRequest("; ".join(mistakes(error, kind))) from None
 
 
 def console() -> Console:

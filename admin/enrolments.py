@@ -8,7 +8,7 @@ import typer
 
 from admin import words
 from admin.clients import changed
-from admin.command import AsJson, answer, connect, group, table
+from admin.command import AsJson, answer, asked, connect, group, table
 from admin.naming import find
 from protocol.views import EnrolmentRequest
 
@@ -24,7 +24,7 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make an enrolment token and print it, this once."""
-    request = EnrolmentRequest(uses=uses, seconds=hours * 3600, labels=changed({}, label or []))
+    request = asked(EnrolmentRequest, uses=uses, seconds=hours * 3600, labels=changed({}, label or []))
     with connect(ctx) as client:
         made = client.make_enrolment(request)
     if not as_json:

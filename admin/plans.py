@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 
 from admin import words
 from admin.command import AsJson, answer, facts, group, table
-from protocol import errors
+from protocol import errors, feasible
 from protocol.contents import body_length
 from protocol.plan import Head, Plan
 from protocol.strict import mistakes
@@ -41,8 +41,15 @@ def read(path: Path) -> Plan:
 def resolved(plan: Plan) -> Plan:
     """The plan with its layout and its base model's fingerprint, which are looked up unless they are there.
 
-    Raises InvalidPlan or ModelRefusal, or InvalidRequest where the packages for it are not installed.
+    Raises InvalidPlan, also where it could never be carried out, or ModelRefusal, or InvalidRequest where the packages for it are not
+    installed.
     """
+    found = _looked_up(plan)
+    feasible.check(found)
+    return found
+
+
+def _looked_up(plan: Plan) -> Plan:
     if plan.layout is not None and plan.model.fingerprint is not None:
         return plan
     try:

@@ -16,6 +16,7 @@ from agent.connection import may_pass
 from agent.held import Held
 from protocol import errors
 from protocol.messages import GiveBack, Progress, Verdict
+from protocol.texts import ODD
 
 log = structlog.get_logger("agent")
 Waited = asyncio.Task[Any]
@@ -101,7 +102,8 @@ class Holder:
         problem = None if type(error) in (errors.HLoRAError, errors.Refusal) or may_pass(error) else error.slug()
         log.warning("job-given-back", problem=problem, detail=error.detail)
         try:
-            await self.client.give_back(held.job.id, GiveBack(epoch=held.job.lease.epoch, reason=error.detail[:2000], problem=problem))
+            reason = ODD.sub("?", error.detail)[:2000]  # it may quote what no coordinator takes
+            await self.client.give_back(held.job.id, GiveBack(epoch=held.job.lease.epoch, reason=reason, problem=problem))
         except errors.HLoRAError as lost:
             log.info("give-back-refused", problem=lost.slug(), detail=lost.detail)
         return Step.given_back

@@ -180,7 +180,8 @@ def _job_view(job: Job, client_name: str, numbers: Mapping[int, int]) -> JobView
         reason=job.reason,
         rank=RankView.model_validate(job.rank_view | {"reason": leasing.reason(job.rank_view, job.max_steps)}),
         epoch=job.epoch,
-        progress=None if job.progress is None else Progress.model_validate(job.progress),
+        # As it was taken: an older version may have taken a text that is refused now.
+        progress=None if job.progress is None else Progress.model_construct(**job.progress),
         slice=None if job.slice is None or job.slice_bytes is None else BlobRef(digest=job.slice, bytes=job.slice_bytes),
         examples=result and result.examples,
         weight=job.weight,

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from coordinator import access, aggregation, events, handout, ranks, rounds
 from coordinator.jobs import ACTIVE, plan_of
 from coordinator.tables import Job, Round, Run
-from protocol import errors
+from protocol import errors, feasible
 from protocol.plan import Plan, Sides
 from protocol.states import JobState, RoundState, RunState
 
@@ -25,6 +25,7 @@ def check(plan: Plan) -> None:
             "the plan is not resolved: it lacks the base model's layout or fingerprint; `python -m admin runs create` resolves it, "
             "`python -m admin plans resolve` writes the resolved plan"
         )
+    feasible.check(plan)
     strategy = aggregation.check(plan.strategy)
     strategy.check(plan)
     ranks.check(plan.ranks)

@@ -15,12 +15,11 @@ from protocol.course import Training
 from protocol.plan import Adapter, Dtype, Float, Layout, Model, Sides, Task
 from protocol.states import ClientState, JobKind, JobState
 from protocol.strict import Digest, Name, Strict
+from protocol.texts import ODD, Storable
 
 Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Epoch = Annotated[int, Field(ge=1, lt=2**53, description="of the lease under which this is said")]
-Labels = Annotated[dict[str, str], Field(max_length=64)]
-
 
 MOST_COLUMNS = 2_000  # names of all data sets of a profile together
 LONGEST_PROFILE = 1 << 16  # bytes of all that is text in it
@@ -62,7 +61,7 @@ class Profile(Strict):
     software: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=64)]] = Field(default={}, max_length=32)
 
     def check_extent(self) -> None:
-        """Raise InvalidProfile where it says more than a coordinator can read again whenever it looks who can work.
+        """Raise InvalidProfile where it says more than a coordinator can keep, and read again whenever it looks who can work.
 
         It is asked before a profile is sent, and where one comes in; what was taken before there was a bound is still read.
         """
@@ -73,6 +72,10 @@ class Profile(Strict):
                 f"the profile names {len(columns):,} columns of {len(self.datasets):,} data sets; at most {MOST_COLUMNS:,} may be: {advice}"
             )
         words = [self.device, *self.datasets, *columns, *(self.limits.models or ()), *self.software, *self.software.values()]
+        if wrong := next((word for word in words if ODD.search(word)), None):
+            raise errors.InvalidProfile(
+                f"the profile's {wrong[:200]!a} holds the character NUL, which no database keeps: write it otherwise"
+            )
         if (size := sum(len(word.encode()) for word in words)) > LONGEST_PROFILE:
             raise errors.InvalidProfile(
                 f"the profile's names and patterns have {size:,} bytes together; at most {LONGEST_PROFILE:,} may be: {advice}"
@@ -103,7 +106,7 @@ class Progress(Strict):
     """Renew a lease, and say how far the work is."""
 
     epoch: Epoch
-    phase: str = Field(default="", max_length=32, description="download, load, train, evaluate, upload")
+    phase: Annotated[str, Field(max_length=32), Storable] = Field(default="", description="download, load, train, evaluate, upload")
     step: int = Field(default=0, ge=0, le=10**12)
     steps: int = Field(default=0, ge=0, le=10**12)
     loss: float | None = None
@@ -128,8 +131,8 @@ class GiveBack(Strict):
     """Give a job back, with the reason."""
 
     epoch: Epoch
-    reason: str = Field(min_length=1, max_length=2000)
-    problem: str | None = Field(default=None, max_length=64, description="slug of the refusal, if it was one")
+    reason: Annotated[str, Field(min_length=1, max_length=2000), Storable]
+    problem: Annotated[str, Field(max_length=64), Storable] | None = Field(default=None, description="slug of the refusal, if it was one")
 
 
 class Metric(Strict):

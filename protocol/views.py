@@ -10,7 +10,6 @@ from pydantic import Field, JsonValue
 from protocol.messages import (
     BlobRef,
     Bytes,
-    Labels,
     Metric,
     Profile,
     Progress,
@@ -19,6 +18,7 @@ from protocol.messages import (
 from protocol.plan import Plan
 from protocol.states import ClientState, JobKind, JobState, Role, RoundState, RunState
 from protocol.strict import Digest, Name, Strict
+from protocol.texts import Labels, Told
 
 T = TypeVar("T")
 
@@ -178,7 +178,7 @@ class ClientView(Strict):
     name: str
     state: ClientState
     reason: str | None
-    labels: Labels
+    labels: dict[Told, Told]
     available: bool = Field(description="seen within the pace that it was given")
     last_seen: datetime | None
     enrolled_at: datetime
@@ -217,7 +217,7 @@ class EnrolmentView(Strict):
     uses_left: int
     expires_at: datetime
     revoked: bool
-    labels: Labels
+    labels: dict[Told, Told]
 
 
 class EnrolmentMade(EnrolmentView):

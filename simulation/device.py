@@ -18,9 +18,10 @@ from agent.data import Catalogue
 from agent.policy import Policy
 from agent.training import Outcome, Tell, Train
 from protocol import VERSION, errors
-from protocol.messages import Job, Labels, Profile, Usage
+from protocol.messages import Job, Profile, Usage
 from protocol.slices import Slice
 from protocol.strict import Strict
+from protocol.texts import Labels
 
 FILE = "machine.toml"
 

@@ -298,6 +298,14 @@ async def test_labels_are_set_and_taken_away_one_by_one(desk: Desk) -> None:
     assert "neither KEY=VALUE" in desk.refusal("clients", "label", "phone", "site")
 
 
+async def test_a_label_that_no_database_keeps_is_refused_in_one_line(desk: Desk) -> None:
+    await desk.federation.enrol("device")
+
+    for words in (("enrolments", "create", "--label"), ("clients", "label", "device")):
+        assert "labels.site" in desk.refusal(*words, "site=Z\udcfcrich")
+        assert "256 characters" in desk.refusal(*words, f"site={'x' * 257}")
+
+
 async def test_clients_are_paused_reinstated_and_revoked(desk: Desk) -> None:
     await desk.federation.enrol("phone")
     for verb, state in (("pause", "paused"), ("reinstate", "active"), ("revoke", "revoked")):

@@ -108,15 +108,6 @@ async def test_names_in_any_script_are_carried_unchanged(federation: Federation)
     assert found.plan_digest == created.plan_digest == found.plan.digest()
 
 
-async def test_a_plan_with_nul_is_kept_or_refused_but_never_a_defect(federation: Federation) -> None:
-    response = await federation.admin.call("POST", "/v1/runs", json=PLAN | {"data": "te\0xts"})
-
-    assert response.status_code == 201 or isinstance(refusal(response), errors.InvalidRequest)
-    assert (await federation.admin.call("GET", "/v1/runs")).status_code == 200
-    federation.tick()
-    assert (await federation.admin.call("GET", "/v1/runs")).status_code == 200
-
-
 async def test_a_plan_beyond_the_limit_is_too_large(small: Federation) -> None:
     text = json.dumps(PLAN | {"data": "x" * small.parts.settings.json_limit_bytes})
 
