@@ -87,7 +87,8 @@ class NormBound(Strict):
     """
 
     bound: float = Field(
-        gt=0, description="the largest norm that a contribution's change may have, over its modules and the tensors kept whole"
+        gt=0,
+        description="the largest norm that a contribution's change may have, over its modules and the tensors kept whole; at least 1e-6",
     )
     action: Literal["clip", "reject"] = Field(
         default="clip", description="clip: what is larger counts as if it were as large; reject: not at all"

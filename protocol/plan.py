@@ -130,7 +130,7 @@ class Adapter(Strict):
         default=Head.trained,
         description="these are trained by all and averaged, or stay frozen at first values: the seed's, or what is continued",
     )
-    alpha: float = Field(default=2.0, gt=0, le=1e4, description="what the scale follows from")
+    alpha: float = Field(default=2.0, gt=0, le=1e4, description="what the scale follows from; at least 1e-6")
     scaling: Scaling = Field(default=Scaling.constant, description="scale = alpha (constant), alpha / rank, or alpha / √rank (root)")
     split: Split = Field(default=Split.balanced, description="b = U√S, a = √S Vᵀ (balanced); b = US, a = Vᵀ (left); b = U, a = SVᵀ (right)")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the adapter's inputs that is left out in each step")

@@ -7,8 +7,10 @@ import json
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
-from protocol import errors
+from coordinator.tables import Run
+from protocol import errors, feasible
 from protocol.plan import Plan
 from protocol.states import RunState
 from protocol.views import Description, Page, RunView
@@ -71,6 +73,12 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "a name with a slash": {"name": "../etc"},
     "half a character": {"data": "\ud800"},
     "half a character as a column": {"task": PLAN["task"] | {"text": "\ud800"}},
+    "a module that nobody can print": {"layout": LAYOUT.model_dump(mode="json") | {"modules": {"a\x1bb": [9, 9]}}},
+    "a whole tensor that nobody can print": {"layout": LAYOUT.model_dump(mode="json") | {"full": {"a\x85b": [9]}}},
+    "a scale that leaves no numbers": {"adapter": ADAPTER | {"alpha": 1e-300}},
+    "a bound that leaves nothing": {"norm": {"bound": 5e-324}},
+    "a whole tensor beyond any": {"layout": LAYOUT.model_dump(mode="json") | {"full": {"x": [2**31, 2**31]}}},
+    "a module beyond any": {"layout": LAYOUT.model_dump(mode="json") | {"modules": {"q": [2**31, 2**31]}}},
 }
 
 
@@ -84,6 +92,32 @@ async def test_an_impossible_plan_makes_no_run(small: Federation, what: str) -> 
     assert isinstance(error, errors.InvalidPlan)
     assert len(str(error)) < 1000
     assert (await small.admin.get("/v1/runs", Page[RunView])).items == []
+
+
+async def test_an_adapter_that_is_too_large_is_refused_with_what_it_holds_and_what_it_may(small: Federation) -> None:
+    layout = LAYOUT.model_dump(mode="json") | {"modules": {"q": [2**31, 4]}, "full": {"x": [1]}}
+
+    with pytest.raises(errors.InvalidPlan, match=r"8,589,934,592 may be.*smaller cap") as caught:
+        await small.admin.create(make_plan(layout=layout))
+    assert "8,589,934,609 numbers at rank 4" in str(caught.value)
+
+
+def test_an_adapter_of_all_that_is_linear_in_a_model_of_70_billion_parameters_is_none_too_large() -> None:
+    sides = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
+    modules = {f"layers.{layer}.{n}": side for layer in range(80) for n, side in enumerate(sides)}
+    layout = LAYOUT.model_dump(mode="json") | {"modules": modules}
+
+    feasible.check(make_plan(layout=layout, cap=512, ranks={"name": "capacity", "ladder": [8, 512]}))
+
+
+@pytest.mark.parametrize("changes", [{"adapter": ADAPTER | {"alpha": 1e-300}}, {"data": "te\0xts"}])
+async def test_a_run_from_before_there_was_a_bound_is_still_told(small: Federation, changes: dict[str, Any]) -> None:
+    run = (await small.admin.create(make_plan())).id
+    with small.parts.database.write() as session:
+        session.execute(update(Run).values(plan=PLAN | changes))
+
+    assert [view.id for view in (await small.admin.get("/v1/runs", Page[RunView])).items] == [run]
+    assert (await small.admin.call("GET", f"/v1/runs/{run}")).status_code == 200
 
 
 async def test_an_unresolved_plan_is_sent_to_where_it_is_resolved(small: Federation) -> None:
