@@ -25,7 +25,7 @@ class Settings(BaseSettings):
         default=50.0, ge=0, le=300, description="how long one question for work may stay open; many proxies cut what is silent for 60 s"
     )
     checkpoint_seconds: float = Field(
-        default=30.0, ge=0, description="how much training may have to be repeated after the agent was killed; 0: all of it"
+        default=30.0, ge=0, le=30 * 86_400, description="how much training may have to be repeated after the agent was killed; 0: all of it"
     )
     log: Literal["console", "json"] = Field(default="console", description="logs as text, or as JSON lines")
     crash_at: str | None = Field(

@@ -10,6 +10,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from protocol import errors
 
+DAY = 86_400
+CENTURY_DAYS = 36_500  # farther back the calendar ends; whoever wants to keep something for ever is told the most that there is
+
 
 class Settings(BaseSettings):
     """The coordinator's settings. Every one has a default that works on one machine; each is `HLORA_COORDINATOR_<NAME>`."""
@@ -32,25 +35,34 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 for any free one")
-    tick_seconds: float = Field(default=1.0, gt=0, description="longest pause between two looks of the conductor")
+    tick_seconds: float = Field(default=1.0, gt=0, le=DAY, description="longest pause between two looks of the conductor")
     poll_seconds: float = Field(
         default=20.0, gt=0, le=300, description="how long a poll for work may wait; longer in a fleet of more than 50 times as many clients"
     )
-    rejections: int = Field(default=3, ge=1, description="a client is paused after so many rejected contributions in a row")
+    rejections: int = Field(default=3, ge=1, le=10**6, description="a client is paused after so many rejected contributions in a row")
     keep_rounds: int | None = Field(
         default=None,
         ge=1,
+        le=10**6,
         description="contributions and slices of rounds older than a run's last so many published ones are given up; "
         "global adapters stay; by default nothing is",
     )
-    housekeeping_seconds: float = Field(default=600.0, gt=0, description="how often one of the coordinators gives up what is old")
-    sweep_grace_seconds: float = Field(default=3600.0, ge=0, description="bytes that nothing names are deleted when they are so old")
-    quarantine_bytes: int = Field(default=2**30, ge=0, description="most bytes of rejected slices that are kept, the newest")
-    quarantine_days: float = Field(default=30.0, gt=0, description="how long a rejected contribution is kept, with its reason")
-    event_days: float = Field(default=365.0, gt=0, description="how long the log of changes is kept")
-    stall_seconds: float = Field(default=30.0, gt=0, description="a body of which no byte comes for so long is waited for no longer")
+    housekeeping_seconds: float = Field(
+        default=600.0, gt=0, le=30 * DAY, description="how often one of the coordinators gives up what is old"
+    )
+    sweep_grace_seconds: float = Field(
+        default=3600.0, ge=0, le=CENTURY_DAYS * DAY, description="bytes that nothing names are deleted when they are so old"
+    )
+    quarantine_bytes: int = Field(default=2**30, ge=0, lt=2**53, description="most bytes of rejected slices that are kept, the newest")
+    quarantine_days: float = Field(
+        default=30.0, gt=0, le=CENTURY_DAYS, description="how long a rejected contribution is kept, with its reason"
+    )
+    event_days: float = Field(default=365.0, gt=0, le=CENTURY_DAYS, description="how long the log of changes is kept")
+    stall_seconds: float = Field(
+        default=30.0, gt=0, le=DAY, description="a body of which no byte comes for so long is waited for no longer"
+    )
     json_limit_bytes: int = Field(
-        default=8 * 2**20, ge=2**16, description="longest plan as JSON; what else is sent as JSON may have 64 KiB, a profile 256"
+        default=8 * 2**20, ge=2**16, le=2**30, description="longest plan as JSON; what else is sent as JSON may have 64 KiB, a profile 256"
     )
     log_json: bool = Field(default=False, description="logs as JSON lines instead of text")
     crash_at: str | None = Field(

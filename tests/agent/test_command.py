@@ -175,6 +175,11 @@ def test_the_owners_files_are_utf8_whatever_the_locale_says(tmp_path: Path) -> N
     ("words", "variables", "why"),
     [
         (["doctor"], {"HLORA_AGENT_LOG": "text"}, "HLORA_AGENT_LOG: Input should be 'console' or 'json'"),
+        (
+            ["doctor"],
+            {"HLORA_AGENT_CHECKPOINT_SECONDS": "inf"},
+            "HLORA_AGENT_CHECKPOINT_SECONDS: Input should be less than or equal to 2592000",
+        ),
         (["enrol", NOWHERE, "--name", "d", "--token", "t"], {"HLORA_AGENT_CA_FILE": "/nowhere.pem"}, "/nowhere.pem holds no certificates"),
         (["enrol", NOWHERE, "--name", "a name!", "--token", "t"], {}, "'a name!' cannot be a machine's name: 1 to 64 letters"),
     ],

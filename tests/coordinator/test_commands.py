@@ -114,6 +114,21 @@ def test_a_wrong_setting_is_named_as_the_environment_names_it(tmp_path: Path, se
     assert done.stderr.count("\n") == 1
 
 
+FOR_EVER = ["TICK_SECONDS", "HOUSEKEEPING_SECONDS", "SWEEP_GRACE_SECONDS", "STALL_SECONDS", "QUARANTINE_DAYS", "EVENT_DAYS", "KEEP_ROUNDS"]
+
+
+@pytest.mark.parametrize("setting", FOR_EVER)
+@pytest.mark.parametrize("value", ["inf", "nan", "1e12", str(10**30)])
+def test_what_was_meant_for_ever_is_refused_with_the_most_that_there_is(tmp_path: Path, setting: str, value: str) -> None:
+    variables = {"HLORA_COORDINATOR_DATA": str(tmp_path), f"HLORA_COORDINATOR_{setting}": value}
+
+    found = CliRunner().invoke(app, ["migrate"], env=variables)
+
+    assert isinstance(found.exception, errors.InvalidRequest)
+    assert str(found.exception).startswith(f"HLORA_COORDINATOR_{setting}: Input should be ")
+    assert not (tmp_path / "hlora.sqlite").exists()
+
+
 WRONG = ["sqlite://", "sqlite:///:memory:", "mysql://localhost/x", "nonsense", "", "oracle://x", "postgresql+asyncpg://x/y"]
 WRONG += ["postgresql://hlora:s3cret@db:54x2/hlora"]
 

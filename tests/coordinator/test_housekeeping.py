@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
@@ -95,6 +96,17 @@ async def test_what_is_old_is_given_up(federation: Federation) -> None:
     assert federation.parts.housekeeping.run_once()["events"] == before
     with federation.parts.database.read() as session:
         assert session.scalars(select(Event.kind)).all() == ["blobs-swept"]  # the part of that upload, just now
+
+
+async def test_the_longest_times_keep_everything_and_fail_no_chore(database_url: str, tmp_path: Path) -> None:
+    century: dict[str, Any] = {"quarantine_days": 36_500, "event_days": 36_500, "sweep_grace_seconds": 36_500 * 86_400}
+    often: dict[str, Any] = {"keep_rounds": 10**6, "housekeeping_seconds": 30 * 86_400}
+    async with open_federation(database_url, tmp_path, **century, **often) as federation:
+        federation.parts.blobs.put(b"put, and never named")
+
+        assert federation.parts.housekeeping.due()
+        chores = ("uploads", "rounds", "quarantined", "events", "blobs", "files", "arrivals")
+        assert federation.parts.housekeeping.run_once() == dict.fromkeys(chores, 0)
 
 
 async def test_a_live_coordinator_keeps_house_by_itself(database_url: str, tmp_path: Path) -> None:
