@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from coordinator import leasing, published
+from coordinator import counting, leasing, published
 from coordinator.jobs import plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol import errors
-from protocol.messages import BlobRef, Metric, Progress, Result
-from protocol.plan import CausalLM
+from protocol.messages import BlobRef, Progress, Result
+from protocol.plan import CausalLM, Plan
 from protocol.states import JobKind, JobState, RoundState, RunState
 from protocol.views import Energy, JobView, Manifest, Page, RankView, RoundSummary, RoundView, RunDetail, RunView
+
+OF_TOKENS = ("loss", "loss_before", "loss_after", "perplexity")  # a language model's, weighted by what was learned
+Rows = Mapping[str, Mapping[str, Mapping[str, int]]]  # client → data set → rows of each part
 
 
 def run_view(session: Session, run: Run) -> RunView:
@@ -55,7 +59,10 @@ def _newest_metrics(session: Session, run: Run) -> dict[str, float]:
         .limit(1)
     )
     round_id = session.scalar(measured)
-    return {} if round_id is None else _metrics(run, _jobs(session, [round_id])[round_id], JobKind.evaluate)
+    if round_id is None:
+        return {}
+    jobs = _jobs(session, [round_id])[round_id]
+    return _metrics(run, jobs, JobKind.evaluate, _rows(session, jobs))
 
 
 def summaries(session: Session, run: Run, cursor: str | None, limit: int) -> Page[RoundSummary]:
@@ -66,7 +73,8 @@ def summaries(session: Session, run: Run, cursor: str | None, limit: int) -> Pag
     query = select(Round).where(Round.run_id == run.id).order_by(Round.number, Round.attempt).offset(start).limit(limit + 1)
     rows = list(session.scalars(query))
     jobs = _jobs(session, [row.id for row in rows[:limit]])
-    items = [_summary(run, row, jobs[row.id]) for row in rows[:limit]]
+    known = _rows(session, itertools.chain.from_iterable(jobs.values()))
+    items = [_summary(run, row, jobs[row.id], known) for row in rows[:limit]]
     return Page(items=items, next=str(start + limit) if len(rows) > limit else None)
 
 
@@ -85,7 +93,7 @@ def round_view(session: Session, run: Run, number: int, attempt: int | None) -> 
     numbers = {row.id: row.number for row in session.execute(select(Round.id, Round.number).where(Round.id.in_(listed)))}
     adapter = None if row.adapter is None or row.adapter_bytes is None else BlobRef(digest=row.adapter, bytes=row.adapter_bytes)
     return RoundView(
-        **_summary(run, row, jobs).model_dump(),
+        **_summary(run, row, jobs, _rows(session, jobs)).model_dump(),
         jobs=[_job_view(job, names[job.client_id], numbers) for job in jobs],
         adapter=adapter,
         slices=published.slices(session, row.id),
@@ -105,7 +113,7 @@ def _jobs(session: Session, round_ids: Sequence[int]) -> dict[int, list[Job]]:
     return found
 
 
-def _summary(run: Run, row: Round, jobs: Sequence[Job]) -> RoundSummary:
+def _summary(run: Run, row: Round, jobs: Sequence[Job], rows: Rows) -> RoundSummary:
     own = [job for job in jobs if job.round_id == row.id]
     counted = [job for job in jobs if job.kind == JobKind.train and _counts(job, row)]
     return RoundSummary(
@@ -122,8 +130,8 @@ def _summary(run: Run, row: Round, jobs: Sequence[Job]) -> RoundSummary:
         bytes_down=sum(job.fetched_bytes for job in own),
         train_seconds=sum(result.usage.seconds for result in map(_result, counted) if result is not None),
         merge_seconds=row.merge_seconds,
-        metrics=_metrics(run, own, JobKind.evaluate),
-        train_metrics=_metrics(run, counted, JobKind.train),
+        metrics=_metrics(run, own, JobKind.evaluate, rows),
+        train_metrics=_metrics(run, counted, JobKind.train, rows),
         kept_energy=_kept([Energy.model_validate(view) for view in (row.energy or {}).values()]),
     )
 
@@ -139,23 +147,42 @@ def _result(job: Job) -> Result | None:
     return None if job.result is None else Result.model_validate(job.result)
 
 
-def _metrics(run: Run, jobs: Iterable[Job], kind: JobKind) -> dict[str, float]:
-    """Weighted means over clients. Perplexity is that of the mean loss: a mean of perplexities would be none."""
-    states = (JobState.submitted, JobState.accepted)
-    results = [_result(job) for job in jobs if job.kind == kind and job.state in states]
-    values: dict[str, list[Metric]] = defaultdict(list)
-    for result in results:
+def _metrics(run: Run, jobs: Iterable[Job], kind: JobKind, rows: Rows) -> dict[str, float]:
+    """Weighted means over clients. Perplexity is that of the mean loss: a mean of perplexities would be none.
+
+    As with contributions, rows that are not in a client's profile add no weight, and none weighs more than the plan's largest share.
+    """
+    plan, states = plan_of(run), (JobState.submitted, JobState.accepted)
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for job in jobs:
+        result = _result(job) if job.kind == kind and job.state in states else None
         for name, metric in (result.metrics if result else {}).items():
-            values[name].append(metric)
-    means = {name: weighted_mean(found) for name, found in sorted(values.items())}
-    if isinstance(plan_of(run).task, CausalLM) and means.get("loss", math.inf) < 700:  # exp of more is no float
+            most = most_weight(plan, kind, name, rows.get(job.client_id, {}).get(plan.data, {}))
+            found[name].append((metric.value, min(metric.weight, most)))
+    means = {name: _mean(measured, plan.largest_share) for name, measured in sorted(found.items())}
+    if isinstance(plan.task, CausalLM) and means.get("loss", math.inf) < 700:  # exp of more is no float
         means["perplexity"] = math.exp(means["loss"])
     return means
 
 
-def weighted_mean(metrics: Sequence[Metric]) -> float:
-    """Σ wᵢ vᵢ / Σ wᵢ; weights are positive."""
-    return math.fsum(m.value * m.weight for m in metrics) / math.fsum(m.weight for m in metrics)
+def most_weight(plan: Plan, kind: JobKind, name: str, known: Mapping[str, int]) -> float:
+    """What a metric may weigh, of a client that has `known` rows: as many as it could see, for a language model's losses their tokens."""
+    rows = known.get("held_out", 0) if kind is JobKind.evaluate else known.get("train", 0) * max(1.0, plan.training.epochs)
+    return max(1.0, rows) * (plan.task.max_length if isinstance(plan.task, CausalLM) and name in OF_TOKENS else 1)
+
+
+def _mean(measured: Sequence[tuple[float, float]], largest: float) -> float:
+    """Of values and their weights > 0, none of which counts more than that share."""
+    weights = counting.shares([weight for _, weight in measured], largest)
+    return math.fsum(value * weight for (value, _), weight in zip(measured, weights, strict=True))
+
+
+def _rows(session: Session, jobs: Iterable[Job]) -> Rows:
+    """What the profiles of the clients of these jobs say now."""
+    known = session.execute(
+        select(Client.id, Client.profile["datasets"].label("datasets")).where(Client.id.in_({job.client_id for job in jobs}))
+    )
+    return {row.id: row.datasets for row in known}
 
 
 def _kept(modules: Sequence[Energy]) -> dict[int, float]:

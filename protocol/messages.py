@@ -5,6 +5,7 @@ Durations travel, never clock times that another machine would have to agree on.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Annotated
 
@@ -23,6 +24,8 @@ Epoch = Annotated[int, Field(ge=1, lt=2**53, description="of the lease under whi
 
 MOST_COLUMNS = 2_000  # names of all data sets of a profile together
 LONGEST_PROFILE = 1 << 16  # bytes of all that is text in it
+LOSS = (0.0, math.inf)  # a cross-entropy
+RANGES = {"accuracy": (0.0, 1.0), "f1": (0.0, 1.0), "loss": LOSS, "loss_before": LOSS, "loss_after": LOSS, "perplexity": LOSS}
 
 
 class Dataset(Strict):
@@ -163,6 +166,12 @@ class Result(Strict):
     examples: int = Field(ge=1, le=10**12, description="rows trained on or measured")
     metrics: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")], Metric] = Field(default={}, max_length=64)
     usage: Usage = Usage()
+
+    def check_metrics(self) -> None:
+        """Raise InvalidResult for a value that its metric cannot have; what was taken before it was asked for is still read."""
+        for name, (low, high) in RANGES.items():
+            if name in self.metrics and not low <= (value := self.metrics[name].value) <= high:
+                raise errors.InvalidResult(f"{name} is {value:g}, which it cannot be: it lies from {low:g} to {high:g}")
 
 
 class BlobRef(Strict):

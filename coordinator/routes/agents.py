@@ -119,6 +119,7 @@ def give_back(job: Id, body: GiveBack, caller: Device, parts: Parts) -> None:
 )
 async def put_result(job: Id, body: Result, caller: Device, parts: Parts, response: Response) -> ResultReceipt:
     """Say how the job ended. Repeating the same result is answered like the first time."""
+    body.check_metrics()
     answered = await parts.desk.bring(errands.answer, caller.client, Answering(Holder(caller.client, job, body.epoch), body))
     parts.bell.ring_conductor()
     response.status_code = 201 if answered.new else 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 import shutil
 import zipfile
@@ -145,13 +146,51 @@ async def test_round_zero_publishes_an_adapter_that_changes_nothing(small: Feder
 
 
 async def test_metrics_are_means_over_clients_weighted_by_rows(small: Federation) -> None:
-    one, two, three = await small.enrol_many(3)
+    one, two, three = [await small.enrol(f"device {n}", make_profile(held_out=5)) for n in range(3)]
     run = await small.open(make_plan(rounds=1))
     for device, value, weight in ((one, 0.0, 1.0), (two, 0.5, 2.0), (three, 1.0, 5.0)):
         await device.complete(await device.take(JobKind.evaluate), metrics={"accuracy": Metric(value=value, weight=weight)})
 
     assert (await small.admin.round(run, 0)).metrics == {"accuracy": pytest.approx((0.5 * 2 + 1 * 5) / 8)}
     assert (await small.admin.run(run)).metrics == {"accuracy": pytest.approx(0.75)}
+
+
+async def test_what_a_client_measures_weighs_no_more_than_the_rows_of_its_profile(small: Federation) -> None:
+    honest, liar = [await small.enrol(f"device {n}", make_profile(held_out=rows)) for n, rows in enumerate((9, 1))]
+    run = await small.open(make_plan(rounds=1, cohort={"target": 2, "quorum": 2}))
+    for device, value, weight in ((honest, 0.5, 9), (liar, 1.0, 1e15)):
+        metrics = {"accuracy": Metric(value=value, weight=weight), "loss": Metric(value=value, weight=weight)}
+        await device.complete(await device.take(JobKind.evaluate), metrics=metrics)
+    for device, value, weight in ((honest, 0.5, 10), (liar, 1.0, 1e15)):
+        await device.complete(await device.take(), metrics={"loss_after": Metric(value=value, weight=weight)})
+    small.tick()
+
+    mean = pytest.approx((9 * 0.5 + 1 * 1.0) / 10)
+    assert (await small.admin.run(run)).metrics == {"accuracy": mean, "loss": mean}
+    assert (await small.admin.round(run, 1)).train_metrics == {"loss_after": pytest.approx(0.75)}  # ten training rows each
+
+
+async def test_a_language_models_losses_weigh_up_to_the_tokens_that_its_rows_can_have(small: Federation) -> None:
+    honest, liar = [await small.enrol(f"device {n}", make_profile(held_out=rows)) for n, rows in enumerate((9, 1))]
+    run = await small.open(make_plan(task={"kind": "causal-lm", "max_length": 100}, rounds=1, cohort={"target": 2, "quorum": 2}))
+    for device, value, weight in ((honest, 1.0, 900), (liar, 2.0, 1e15)):
+        metrics = {name: Metric(value=value, weight=weight) for name in ("loss", "rounding")}
+        await device.complete(await device.take(JobKind.evaluate), metrics=metrics)
+
+    assert (await small.admin.round(run, 0)).metrics == {
+        "loss": pytest.approx(1.1),
+        "perplexity": pytest.approx(math.exp(1.1)),
+        "rounding": pytest.approx(1.1),
+    }
+
+
+async def test_no_clients_measurement_weighs_more_than_the_plans_largest_share(small: Federation) -> None:
+    devices = [await small.enrol(f"device {n}", make_profile(held_out=rows)) for n, rows in enumerate((1000, 1, 1))]
+    run = await small.open(make_plan(rounds=1, largest_share=0.5))
+    for device, value, weight in zip(devices, (1.0, 0.0, 0.0), (1000, 1, 1), strict=True):
+        await device.complete(await device.take(JobKind.evaluate), metrics={"accuracy": Metric(value=value, weight=weight)})
+
+    assert (await small.admin.round(run, 0)).metrics == {"accuracy": pytest.approx(0.5)}
 
 
 async def test_perplexity_is_that_of_the_mean_loss(small: Federation) -> None:
