@@ -22,6 +22,7 @@ from protocol.plan import Plan, SequenceClassification
 from protocol.strict import Strict
 
 app = group("Fetch what a run has made.")
+ADAPTER, MODEL = "adapter_config.json", "model*.safetensors"  # a file by which the one and the other kind of folder is known
 
 
 class Pulled(Strict):
@@ -48,6 +49,7 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Fetch a published adapter as a PEFT folder, at a rank or a share of its energy; or the base model with that merged in."""
+    _refuse_another_kind(out, merged)
     with connect(ctx) as client, TemporaryFile() as packed:
         id = run_id(client, run)
         with client.adapter(id, round=round, rank=rank, kept=kept, uniform=uniform or None) as download:
@@ -56,6 +58,16 @@ def pull(
     files = {file.name: _named(file) for file in sorted(out.iterdir()) if file.is_file()}
     written = [f"{out / name}  {words.size(file.bytes)}" for name, file in files.items()]
     answer(Pulled(run=id, folder=str(out), files=files, ranks=ranks), as_json, "\n".join([*written, words.spread(ranks.values())]))
+
+
+def _refuse_another_kind(out: Path, merged: bool) -> None:
+    """Whoever loads a folder with files of both kinds gets the adapter a second time, on weights that hold it already.
+
+    Raises InvalidRequest.
+    """
+    if any(out.glob(ADAPTER if merged else MODEL)):
+        held, asked = ("an adapter", "a whole model") if merged else ("a whole model", "an adapter")
+        raise errors.InvalidRequest(f"{out} holds {held}, and {asked} is asked for; name another folder, or empty this one")
 
 
 def unpack(packed: BinaryIO, folder: Path) -> dict[str, int]:

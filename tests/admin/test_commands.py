@@ -235,6 +235,24 @@ async def test_a_pulled_adapter_is_a_folder_of_the_rank_that_was_asked_for(desk:
     assert "cannot be written" in desk.refusal("adapter", "pull", run, "--out", tmp_path / "README.md")
 
 
+async def test_a_folder_never_holds_an_adapter_beside_weights_that_it_is_merged_into(desk: Desk, plan_file: Path, tmp_path: Path) -> None:
+    desk.say("runs", "create", plan_file)
+    desk.federation.tick()
+    adapter, model = tmp_path / "adapter", tmp_path / "model"
+    model.mkdir()
+    (model / "model-00001-of-00002.safetensors").write_bytes(b"weights")
+    for _ in range(2):  # the same kind again is written over
+        desk.say("adapter", "pull", "small", "--out", adapter)
+    before = sorted(adapter.iterdir())
+
+    said = f"{adapter} holds an adapter, and a whole model is asked for; name another folder, or empty this one"
+    assert desk.refusal("adapter", "pull", "small", "--merged", "--out", adapter) == said
+    said = f"{model} holds a whole model, and an adapter is asked for; name another folder, or empty this one"
+    assert desk.refusal("adapter", "pull", "small", "--out", model) == said
+    assert sorted(adapter.iterdir()) == before
+    assert [file.name for file in model.iterdir()] == ["model-00001-of-00002.safetensors"]
+
+
 async def test_an_adapter_is_pulled_at_a_share_of_its_energy_of_each_module_or_of_all(desk: Desk, plan_file: Path, tmp_path: Path) -> None:
     run = await play(desk, plan_file)
     each = desk.tell("adapter", "pull", run, "--kept", 0.6, "--out", tmp_path / "each")["ranks"]
