@@ -114,7 +114,11 @@ async def run(settings: Settings) -> None:
 @contextmanager
 def _alone(home: Path) -> Iterator[None]:
     """Keep other agents from a home folder while the block lasts: two would take each other's work for their own."""
-    with (home / "agent.lock").open("a") as lock:
+    try:
+        held = (home / "agent.lock").open("a")
+    except OSError as error:
+        raise errors.InvalidRequest(f"{home} cannot be written to ({error.strerror}): an agent keeps its work there; mend it") from None
+    with held as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it ends
         except BlockingIOError:

@@ -45,7 +45,10 @@ def load(home: Path) -> Identity:
 
 
 def key(home: Path, url: str, name: str) -> str:
-    """The credential with which this home asks to become that client: the same however often it asks, for an answer may be lost."""
+    """The credential with which this home asks to become that client: the same however often it asks, for an answer may be lost.
+
+    Raises InvalidRequest where the home cannot be written to: before anything is asked for.
+    """
     try:
         before = _Asked.model_validate_json((home / ASKED).read_bytes())
         if (before.url, before.name) == (url, name):
@@ -58,17 +61,22 @@ def key(home: Path, url: str, name: str) -> str:
 
 
 def save(identity: Identity, home: Path) -> None:
-    """Write the identity so that it is whole at every instant and readable by its owner only."""
+    """Write the identity so that it is whole at every instant and readable by its owner only. Raises InvalidRequest."""
     _write(home / FILE, identity)
     (home / ASKED).unlink(missing_ok=True)
 
 
 def _write(path: Path, content: Strict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(content.model_dump_json(indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(content.model_dump_json(indent=2))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise errors.InvalidRequest(
+            f"{path} cannot be written ({error.strerror}): name another home folder by --home or HLORA_AGENT_HOME, or mend its permissions"
+        ) from None

@@ -251,6 +251,12 @@ def main() -> None:
     except errors.HLoRAError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:  # nothing that a setting or an argument names
+            raise
+        where = "see HLORA_COORDINATOR_DATA, and the settings of blobs and spool, or name another folder"
+        typer.echo(f"error: {error.filename} cannot be used: {error.strerror}; {where}", err=True)
+        sys.exit(1)
     except Exception as error:
         from sqlalchemy.exc import OperationalError
 

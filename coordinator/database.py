@@ -47,12 +47,16 @@ def database_clock(session: Session) -> datetime:
 
 
 def open_engine(url: str) -> Engine:
-    """An engine for SQLite (a file, write-ahead log) or PostgreSQL (psycopg 3). Raises InvalidRequest for any other URL."""
+    """An engine for SQLite (a file, write-ahead log) or PostgreSQL (psycopg 3).
+
+    Raises InvalidRequest for any other URL, and for a file whose folder cannot be made.
+    """
     parsed, file = _parsed(url), sqlite_file(url)
     if file is None:
         parsed, alive = parsed.set(drivername="postgresql+psycopg"), {key: ALIVE[key] for key in ALIVE.keys() - parsed.query.keys()}
         return create_engine(parsed, connect_args=alive, pool_pre_ping=True, pool_size=20, max_overflow=20)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": 30}, pool_size=20, max_overflow=30)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -85,14 +89,16 @@ def sqlite_file(url: str) -> Path | None:
 def claimed(url: str) -> Iterator[None]:
     """Keep other coordinators from a SQLite file while the block lasts, and no other command; PostgreSQL serves any number.
 
-    Raises Conflict if another coordinator is at work on the file.
+    Raises Conflict if another coordinator is at work on the file, InvalidRequest if nothing can be written beside it.
     """
     file = sqlite_file(url)
     if file is None:
         yield
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{file}.lock").open("a") as lock:
+    with _writable(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = file.with_name(f"{file.name}.lock").open("a")
+    with held as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however it ends
         except BlockingIOError:
@@ -101,6 +107,18 @@ def claimed(url: str) -> Iterator[None]:
                 "set HLORA_COORDINATOR_DATABASE_URL to a PostgreSQL database, which serves several"
             ) from None
         yield
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Raises InvalidRequest, with what to do, where the block cannot write in a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.InvalidRequest(
+            f"{folder} cannot be the database's folder ({error.strerror}): name one that can be written to, by HLORA_COORDINATOR_DATA "
+            "or HLORA_COORDINATOR_DATABASE_URL, or mend its permissions"
+        ) from None
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: ConnectionPoolEntry) -> None:

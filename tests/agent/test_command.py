@@ -199,6 +199,17 @@ def test_enrolment_refuses_to_tell_the_token_to_the_network(tmp_path: Path) -> N
     assert not (tmp_path / "credential.json").exists()
 
 
+def test_a_home_folder_that_cannot_be_written_to_is_one_line(home: Path) -> None:
+    (home / "agent.lock").mkdir()
+    assert call("run", "--home", str(home)) == (
+        78,
+        f"error: {home} cannot be written to (Is a directory): an agent keeps its work there; mend it\n",
+    )
+    (home / "loop").symlink_to("loop")
+    with pytest.raises(errors.InvalidRequest, match=r"cannot be written \(.*: name another home folder by --home or HLORA_AGENT_HOME"):
+        identity.key(home / "loop" / "below", NOWHERE, "device")
+
+
 def test_enrolment_asks_for_what_it_is_not_told_and_does_not_show_the_token(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["enrol", "--home", str(tmp_path)], input=f"{NOWHERE}\ndevice\nthe token\n")
     assert result.exit_code == 1

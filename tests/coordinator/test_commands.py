@@ -188,3 +188,23 @@ def test_a_database_that_is_away_is_one_line_without_its_password(tmp_path: Path
     assert result.stderr.startswith("error: the database cannot be used: ")
     assert result.stderr.count("\n") == 1
     assert "hunter2" not in result.stderr
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "loop/below"])
+def test_a_data_folder_that_cannot_be_written_to_is_one_line_that_says_what_to_set(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for command in ("serve", "migrate"):
+        result = run(tmp_path / place, command, DATABASE_URL=f"sqlite:///{tmp_path}/{place}/hlora.sqlite")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"error: {tmp_path}/{place} cannot be the database's folder (")
+        assert "HLORA_COORDINATOR_DATA" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_blobs_that_cannot_be_written_are_one_line_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run(tmp_path, "serve", BLOBS_URL=f"file://{tmp_path}/file/blobs")
+    assert result.returncode == 1
+    assert f"error: {tmp_path}/file/blobs/sha256 cannot be used: Not a directory; see " in result.stderr
+    assert "Traceback" not in result.stderr
