@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from agent.readers import READERS, Row, Unreadable
+from agent.readers import READERS, Row, Unreadable, semicolons
 from protocol import errors
 from protocol.messages import Dataset
 from protocol.strict import Strict, mistakes
@@ -179,7 +179,8 @@ class Catalogue:
             raise errors.DataRefusal(f"{alias!r} needs the package {error.name}; pip install it", alias=alias) from error
         if missing and n:
             raise errors.DataRefusal(
-                f"{alias!r}: {path} has no column {missing[0]!r}, only {', '.join(list(row)[:20])}; mend columns in {FILE}",
+                f"{alias!r}: {path} has no column {missing[0]!r}, only {', '.join(list(row)[:20])}"
+                + (semicolons(row) or f"; mend columns in {FILE}"),
                 alias=alias,
                 column=missing[0],
                 known=list(row)[:20],
@@ -210,9 +211,13 @@ def _divided(alias: str, source: Source, rows: Iterable[Numbered]) -> tuple[floa
         if lot >= last:
             lasts = lasts + 1 if lot == last else 1
             last = lot
+    if not count:
+        raise errors.DataRefusal(f"{alias!r} has no rows", alias=alias)
     if second == math.inf:
         raise errors.DataRefusal(
-            f"{alias!r} has {count} rows, all alike; a share can only be kept back of two or more unlike ones", alias=alias
+            f"{alias!r} has {'one row' if count == 1 else f'{count} rows, all alike'}; a share can only be kept back of two or more "
+            "unlike ones",
+            alias=alias,
         )
     if share <= first:
         return second, firsts

@@ -13,7 +13,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from agent.readers import Row
+from agent.readers import Row, semicolons
 from protocol import errors
 from protocol.plan import CausalLM, SequenceClassification, Task
 
@@ -128,7 +128,7 @@ class _Continued:
 def _value(row: Row, column: str, n: int, alias: str) -> object:
     if column not in row:
         raise errors.DataRefusal(
-            f"row {n} of {alias!r} has no column {column!r}, only {', '.join(row)}; map one in its columns",
+            f"row {n} of {alias!r} has no column {column!r}, only {', '.join(row)}" + (semicolons(row) or "; map one in its columns"),
             alias=alias,
             row=n,
             column=column,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 Row = Mapping[str, object]
@@ -14,14 +14,22 @@ class Unreadable(Exception):
     """A file is not what its format asks for. Its words may be told: they quote nothing of the file."""
 
 
+def semicolons(names: Collection[str]) -> str:
+    """What to say beside a refusal where a file's only name looks like several; nothing elsewhere."""
+    several = len(names) == 1 and ";" in next(iter(names))
+    return "; semicolons seem to stand between its fields: save the file with commas there" if several else ""
+
+
 def _jsonl(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig") as lines:
-        for line in lines:
-            if line.strip():
+        for n, line in enumerate((line for line in lines if line.strip()), start=1):
+            try:
                 row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("a line is no JSON object")
-                yield row
+            except (ValueError, RecursionError) as error:  # the former's words quote the line
+                raise Unreadable(f"row {n} is no JSON object ({type(error).__name__}); mend it, or remove it") from error
+            if not isinstance(row, dict):
+                raise Unreadable(f"row {n} is no JSON object, which begins with a brace; mend it, or remove it")
+            yield row
 
 
 def _csv(file: Path) -> Iterator[Row]:
@@ -37,7 +45,7 @@ def _csv(file: Path) -> Iterator[Row]:
             for n, record in enumerate(records, start=1):
                 if len(record) != len(names):
                     fields = f"the fields of row {n} are {len(record)}, those of the first line {len(names)}"
-                    raise Unreadable(f"{fields}; put texts with commas in quotation marks")
+                    raise Unreadable(fields + (semicolons(names) or "; put texts with commas in quotation marks"))
                 yield dict(zip(names, record, strict=True))
         except csv.Error as error:  # whose words are about commas and quotation marks, and none from the file
             raise Unreadable(

@@ -121,9 +121,10 @@ def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"body": "a secret"\n', "cannot be read as jsonl (JSONDecodeError)"),
-        (b'["a secret"]\n', "cannot be read as jsonl (ValueError)"),
-        (b'{"a secret": ' + b"[" * 100_000, "cannot be read as jsonl (RecursionError)"),
+        (b'{"body": "a secret"\n', "row 1 is no JSON object (JSONDecodeError); mend it"),
+        (b'{"body": "fine"}\n\n{"body": "a secret}\n', "row 2 is no JSON object (JSONDecodeError); mend it"),
+        (b'{"body": "fine"}\n["a secret"]\n', "row 2 is no JSON object, which begins with a brace; mend it"),
+        (b'{"a secret": ' + b"[" * 100_000, "row 1 is no JSON object (RecursionError); mend it"),
         (b'{"body": "\xff a secret"}\n', "cannot be read as jsonl (UnicodeDecodeError)"),
         (b"", "has no rows"),
     ],
@@ -161,6 +162,14 @@ def test_a_set_that_keeps_nothing_back_has_nothing_to_evaluate_on(tmp_path: Path
     catalogue = home(tmp_path, f'[reviews]\nformat = "jsonl"\npath = "{write(tmp_path, "jsonl")}"\n')
     with pytest.raises(errors.DataRefusal, match="set held_out"):
         catalogue.rows("reviews", Part.held_out)
+
+
+def test_a_file_without_rows_of_which_a_share_is_kept_back_has_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    catalogue = home(tmp_path, '[reviews]\nformat = "jsonl"\npath = "rows.jsonl"\nheld_out = 0.2\n')
+    for read in (lambda: catalogue.describe("reviews"), lambda: list(catalogue.rows("reviews", Part.train))):
+        with pytest.raises(errors.DataRefusal, match=r"^'reviews' has no rows$"):
+            read()
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[:1] * 3])
@@ -233,6 +242,10 @@ def test_a_row_without_the_mapped_column_does_not_fall_back_to_another(tmp_path:
         ('text,label\nfine,0\n"a secret,1\n', "row 2 cannot be read as csv (unexpected end of data)"),
         ("text,label\n" + "secret" * 30_000 + ",1\n", "give texts of more than 131,072 characters as jsonl"),
         ('"a secret', "the first line cannot be read as csv"),
+        (
+            "text;label\na secret, with a comma;1\n",
+            "the first line 1; semicolons seem to stand between its fields: save the file with commas",
+        ),
     ],
 )
 def test_a_csv_file_that_would_lose_text_is_refused_with_the_row(tmp_path: Path, content: str, words: str) -> None:
@@ -241,6 +254,12 @@ def test_a_csv_file_that_would_lose_text_is_refused_with_the_row(tmp_path: Path,
         home(tmp_path, '[reviews]\nformat = "csv"\npath = "rows.csv"\n').describe("reviews")
     assert words in refused.value.detail
     assert "secret" not in refused.value.detail
+
+
+def test_semicolons_are_named_where_a_column_is_missing_for_them(tmp_path: Path) -> None:
+    catalogue = columns(tmp_path, "csv", "text;label\nwords;1\n", 'text = "clean"')
+    with pytest.raises(errors.DataRefusal, match="no column 'text', only text;label; semicolons seem to stand between its fields"):
+        catalogue.describe("reviews")
 
 
 def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
