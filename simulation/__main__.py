@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import tempfile
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +25,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def simulate(
     plan: Annotated[Path, typer.Argument(help="the plan, as TOML", exists=True, dir_okay=False)],
     fleet: Annotated[Path, typer.Argument(help="folder with one agent's home folder per device", exists=True, file_okay=False)],
-    out: Annotated[Path | None, typer.Option(help="folder for database, blobs and adapter; by default nothing is kept")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="new folder for database, blobs and the last adapter; by default nothing is kept")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="instead of the plan's number of rounds")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="instead of the plan's seed")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per round")] = False,
@@ -48,13 +52,31 @@ async def _simulate(file: Path, fleet: Path, out: Path | None, rounds: int | Non
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))  # warnings and worse
     torch.set_num_threads(1)  # the same numbers whatever the machine, and one core left for merging
     plan = read_plan(file, {"rounds": rounds, "seed": seed})
-    if out is not None and (out / "hlora.sqlite").exists():
-        raise errors.Conflict(f"{out} holds a federation already; choose another folder")
+    if out is not None:
+        _prepare(out)
     with tempfile.TemporaryDirectory(prefix="hlora-") as scratch:
         report = Report(as_json)
         async with federation(device.fleet(fleet), out or Path(scratch)) as found:
             async for run in found.run(plan):
                 await report.follow(found, run)
+            if out is not None:
+                _keep(await found.adapter(run.id, plan.global_rank), out / "adapter")
+
+
+def _prepare(out: Path) -> None:
+    if (out / "hlora.sqlite").exists():
+        raise errors.Conflict(f"{out} holds a federation already; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.InvalidRequest(f"{out} cannot be made a folder ({error.strerror}); choose another one") from None
+
+
+def _keep(archive: bytes, folder: Path) -> None:
+    """Unpack an adapter. Where it is is no part of the output, which may be JSON."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+        packed.extractall(folder)
+    typer.echo(f"the last adapter is in {folder}", err=True)
 
 
 def read_plan(file: Path, instead: dict[str, int | None]) -> Plan:
@@ -63,6 +85,7 @@ def read_plan(file: Path, instead: dict[str, int | None]) -> Plan:
 
     from modelling.layout import resolve
     from protocol.plan import Plan
+    from protocol.strict import mistakes
 
     try:
         told = tomllib.loads(file.read_text(encoding="utf-8")) | {name: value for name, value in instead.items() if value is not None}
@@ -70,8 +93,7 @@ def read_plan(file: Path, instead: dict[str, int | None]) -> Plan:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise errors.InvalidPlan(f"{file} is no TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise errors.InvalidPlan(f"{file}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+        raise errors.InvalidPlan(f"{file}: {next(mistakes(error, Plan))}") from None
 
 
 if __name__ == "__main__":

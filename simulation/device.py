@@ -18,9 +18,9 @@ from agent.data import Catalogue
 from agent.policy import Policy
 from agent.training import Outcome, Tell, Train
 from protocol import VERSION, errors
-from protocol.messages import Job, Profile, Usage
+from protocol.messages import Dataset, Job, Profile, Usage
 from protocol.slices import Slice
-from protocol.strict import Strict
+from protocol.strict import Strict, mistakes
 from protocol.texts import Labels
 
 FILE = "machine.toml"
@@ -46,17 +46,26 @@ class Device:
     catalogue: Catalogue
 
     def profile(self) -> Profile:
-        """What its agent tells the coordinator: the declared machine within the owner's policy, and counts of rows."""
+        """What its agent tells the coordinator: the declared machine within the owner's policy, and counts of rows.
+
+        Raises DataRefusal, which names the device.
+        """
         aliases = self.catalogue.sources.keys() if self.policy.data is None else self.policy.data
         return Profile(
             memory_bytes=self.policy.offered(self.machine.memory_bytes),
             training_flops=self.machine.training_flops,
             up_bytes_per_second=self.policy.up_bytes_per_second or self.machine.up_bytes_per_second,
             down_bytes_per_second=self.policy.down_bytes_per_second or self.machine.down_bytes_per_second,
-            datasets={alias: self.catalogue.describe(alias) for alias in aliases},
+            datasets={alias: self._described(alias) for alias in aliases},
             limits=self.policy.limits(),
             software={"hlora": VERSION},
         )
+
+    def _described(self, alias: str) -> Dataset:
+        try:
+            return self.catalogue.describe(alias)
+        except errors.DataRefusal as error:
+            raise errors.DataRefusal(f"device {self.name}: {error.detail}", **error.facts) from None
 
     def trains(self, train: Train) -> Train:
         """The real training, with the usage that this machine would have had: what was measured here would never repeat."""
@@ -84,5 +93,7 @@ def _machine(home: Path) -> Machine:
         return Machine.model_validate(tomllib.loads((home / FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return Machine()
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise errors.InvalidProfile(f"{home / FILE}: {error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise errors.InvalidProfile(f"{home / FILE} is no TOML: {error}") from None
+    except ValidationError as error:
+        raise errors.InvalidProfile(f"{home / FILE}: {next(mistakes(error, Machine))}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -206,14 +207,30 @@ def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Pa
         "ranks = { ladder = [2, 4] }\ncohort = { target = 3, quorum = 3 }\n"
     )
 
+    out = tmp_path / "out"
     told = subprocess.run(
-        [sys.executable, "-m", "simulation", plan, fleet, "--rounds", "1", "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "simulation", plan, fleet, "--rounds", "1", "--json", "--out", out],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     refused = subprocess.run([sys.executable, "-m", "simulation", plan, tmp_path], capture_output=True, text=True, check=False)
 
     assert [json.loads(line)["number"] for line in told] == [0, 1]
+    assert (out / "hlora.sqlite").is_file()
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
+
+
+def test_what_is_wrong_with_a_device_names_it(fleet: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(fleet / "amy", tmp_path / "fleet" / "eve"))
+    (home / "things.jsonl").write_text('{"text": "cow"\n')
+    with pytest.raises(errors.DataRefusal, match=r"^device eve: 'things': things\.jsonl: row 1 is no JSON object"):
+        device.fleet(home.parent)[0].profile()
+    (home / "machine.toml").write_text("memory = 1\n")
+    with pytest.raises(errors.InvalidProfile, match=r"eve/machine\.toml: memory is unknown; is memory_bytes meant\?$"):
+        device.fleet(home.parent)
 
 
 def test_a_plan_file_that_makes_no_plan_is_refused_with_the_line_at_fault(tmp_path: Path) -> None:
