@@ -51,6 +51,7 @@ def serve(
     if settings.crash_at is not None:
         crash.arm(settings.crash_at)
     with database.claimed(settings.database):
+        server.check(settings)
         schema.migrate(settings.database)
         parts = application.build(settings)
         _greet(database.place(parts.database.engine.url), settings)

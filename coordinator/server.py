@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import os
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -14,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from coordinator.settings import Settings
+from protocol import errors
 
 log = structlog.get_logger()
 M_ARENA_MAX, POOLS = -8, 2  # of glibc: how many pools of memory its threads share
@@ -43,6 +45,23 @@ class _Server(uvicorn.Server):
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._before_exit)
         self.should_exit, self.force_exit = True, self.should_exit
+
+
+def check(settings: Settings) -> None:
+    """Raises Conflict where nothing can listen at the address: before anything is begun that a server without one had to end."""
+    try:
+        asyncio.run(_listen_once(settings.host, settings.port))
+    except OSError as error:
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise errors.Conflict(
+            f"{settings.host}, port {settings.port}, cannot be listened on ({why}): choose another port by --port or "
+            "HLORA_COORDINATOR_PORT, or another address by --host or HLORA_COORDINATOR_HOST"
+        ) from None
+
+
+async def _listen_once(host: str, port: int) -> None:
+    """As uvicorn will do it, which only logs what is wrong."""
+    (await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)).close()
 
 
 def serve(app: FastAPI, settings: Settings, before_exit: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import pytest
 from sqlalchemy import make_url
 from typer.testing import CliRunner
 
-from coordinator import schema
+from coordinator import schema, server
 from coordinator.__main__ import app
 from coordinator.app import build
 from coordinator.blobs import Blobs
@@ -208,3 +209,17 @@ def test_blobs_that_cannot_be_written_are_one_line_too(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert f"error: {tmp_path}/file/blobs/sha256 cannot be used: Not a directory; see " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_address_that_cannot_be_listened_on_is_one_line_and_nothing_is_begun(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run(tmp_path, "serve", PORT=str(port))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(
+        f"error: 127.0.0.1, port {port}, cannot be listened on (Address already in use): choose another port by --port"
+    )
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "hlora.sqlite").exists()
+    with pytest.raises(errors.Conflict, match="HLORA_COORDINATOR_HOST"):
+        server.check(Settings(host="192.0.2.1"))  # of no machine
