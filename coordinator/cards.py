@@ -49,7 +49,7 @@ the training rows stayed on the clients' own machines, and each machine trained 
 ## How it was made
 
 {_origin(plan, facts, found, size)}
-{_measured(facts)}"""
+{_measured(plan, facts)}"""
 
 
 def _spread(found: ReadOut) -> str:
@@ -88,11 +88,19 @@ def _head(plan: Plan) -> str:
     return f"| never trained | {', '.join(frozen)}: as they were {origin} |\n" if frozen else ""
 
 
-def _measured(facts: Facts) -> str:
+def _measured(plan: Plan, facts: Facts) -> str:
     if not facts.metrics:
         return ""
     lines = "".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(facts.metrics.items()))
-    return f"\nMeasured by the clients on their own held-out rows, weighted means:\n\n| metric | value |\n|---|---|\n{lines}"
+    rank = plan.evaluation.rank
+    what = "what it would train from next, its own rank's slice or the whole adapter" if rank is None else f"the slice of rank {rank}"
+    return f"""
+Measured by the clients on their own held-out rows, weighted means. Each client measured {what}:
+whichever rank this folder has, the table says what was measured there, not what this folder by itself comes to.
+
+| metric | value |
+|---|---|
+{lines}"""
 
 
 def _use(plan: Plan) -> str:

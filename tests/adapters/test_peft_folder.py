@@ -22,7 +22,7 @@ from coordinator.readout import ReadOut, Wanted
 from modelling.layout import resolve
 from protocol import errors
 from protocol.contents import Label
-from protocol.course import Cohort, Training
+from protocol.course import Cohort, Evaluation, Training
 from protocol.plan import Adapter, CausalLM, Dtype, Layout, Model, Plan, Ranks, SequenceClassification, Split
 from protocol.slices import Factors, Slice, pack
 from tests.adapters import folders
@@ -225,12 +225,18 @@ def test_the_model_card_says_what_made_the_adapter_and_the_hub_can_read_it(class
     assert (matter.get("base_model"), matter.get("library_name")) == (classifier.model.id, "peft")
     for fact in (
         "# letters, round 7, rank 4",
+        "Each client measured what it would train from next, its own rank's slice or the whole adapter:\nwhichever rank this folder has",
         "| accuracy | 0.8125 |",
         "2, 4, 8, given by the policy `capacity`",
         "`delta`",
         FACTS.plan,
     ):
         assert fact in text
+
+
+def test_the_model_card_names_the_rank_that_everybody_measured(classifier: Plan) -> None:
+    plan = classifier.model_copy(update={"evaluation": Evaluation(rank=2)})
+    assert "Each client measured the slice of rank 2:" in make_files(plan, 4)["README.md"].decode()
 
 
 def test_the_model_cards_code_loads_the_adapter(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
