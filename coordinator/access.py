@@ -68,7 +68,8 @@ def identify(session: Session, secret: str | None, allowed: Collection[Kind]) ->
         raise errors.Unauthenticated("nobody issued this credential, or it was revoked")
     if caller.kind not in allowed:
         wanted = " or ".join(kind.name for kind in allowed)
-        raise errors.Forbidden(f"this is for {wanted} credentials; yours is a {caller.kind.name} credential", role=caller.kind.name)
+        article = "an" if caller.kind.name[0] in "ae" else "a"
+        raise errors.Forbidden(f"this is for {wanted} credentials; yours is {article} {caller.kind.name} credential", role=caller.kind.name)
     return caller
 
 

@@ -16,6 +16,7 @@ from modelling import base
 from modelling.base import inside, whole_modules
 from protocol import errors
 from protocol.plan import BaseFacts, Layout, Model, Plan
+from protocol.strict import mistakes
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -43,7 +44,8 @@ def resolve(plan: Plan) -> Plan:
     try:
         return Plan.model_validate({**plan.model_dump(), "model": model, "layout": layout})
     except ValidationError as error:
-        raise errors.InvalidPlan(f"the plan does not fit {plan.model.id}: {error.errors()[0]['msg']}") from None
+        wrong = next(mistakes(error, Plan)).removeprefix("the whole: ")
+        raise errors.InvalidPlan(f"the plan does not fit {plan.model.id}: {wrong}") from None
 
 
 def _check_length(plan: Plan, skeleton: base.Base) -> None:

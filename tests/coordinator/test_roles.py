@@ -151,6 +151,8 @@ async def test_a_forbidden_caller_is_told_its_role_and_whose_route_it_is(small: 
 
     assert str(error) == "this is for admin credentials; yours is a viewer credential"
     assert error.facts["role"] == "viewer"
+    error = refusal(await small.admin.call("POST", "/v1/jobs/next"))
+    assert str(error) == "this is for client credentials; yours is an admin credential"
 
 
 async def test_the_scheme_of_a_credential_may_be_written_in_any_case(small: Federation) -> None:
