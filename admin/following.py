@@ -11,7 +11,7 @@ from typing import Literal
 
 from admin.client import Client
 from protocol import errors
-from protocol.states import JobState, RoundState
+from protocol.states import JobKind, JobState, RoundState, RunState
 from protocol.strict import Strict
 from protocol.views import JobView, RoundSummary, RoundView, RunDetail, RunView
 
@@ -37,6 +37,17 @@ class Snapshot:
         if len(ends) < 2:
             return None
         return (ends[-1] - ends[0]).total_seconds() / (len(ends) - 1) * (self.run.rounds - self.run.round)
+
+
+def settled(now: Snapshot) -> Snapshot:
+    """The same without the newest round's measures while evaluations of it are still to come, each of which changes them."""
+    number = now.run.round
+    awaited = any(n == number and job.kind is JobKind.evaluate and job.state in LIVE for n, job in now.jobs.values())
+    if now.run.state is not RunState.running or not awaited:
+        return now
+    unmeasured: dict[str, object] = {"metrics": {}}
+    rounds = {key: found.model_copy(update=unmeasured) if key[0] == number else found for key, found in now.rounds.items()}
+    return Snapshot(now.run.model_copy(update=unmeasured), rounds, now.jobs)
 
 
 class Change(Strict):

@@ -12,7 +12,7 @@ from rich.live import Live
 
 from admin.client import Client
 from admin.command import connect, console
-from admin.following import Change, Snapshot, changes, look
+from admin.following import Change, Snapshot, changes, look, settled
 from admin.naming import Run, run_id
 from admin.screen import line, screen
 from admin.words import json_text, printable
@@ -40,25 +40,28 @@ def watch(
             with Live(console=console(), auto_refresh=False, vertical_overflow="crop") as live:
                 last = follow(client, id, lambda now, trouble: live.update(screen(now, trouble), refresh=True), interval)
         else:
-            last = follow(client, id, Lines(line), interval)
+            last = follow(client, id, Lines(line, settled), interval)
     raise typer.Exit(EXIT_CODES[last.run.state])
 
 
 class Lines:
-    """Prints what changed since it was last called, one line each; trouble goes to the standard error."""
+    """Prints what changed since it was last called, one line each; trouble goes to the standard error, when it begins and ends."""
 
-    def __init__(self, words: Callable[[Change], str | None]) -> None:
-        self._words = words
+    def __init__(self, words: Callable[[Change], str | None], told: Callable[[Snapshot], Snapshot] = lambda now: now) -> None:
+        self._words, self._told = words, told
         self._before: Snapshot | None = None
+        self._troubled = False
 
     def __call__(self, now: Snapshot, trouble: str | None) -> None:
+        now = self._told(now)
         for change in changes(self._before, now):
             said = self._words(change)
             if said is not None:
                 typer.echo(said)
         self._before = now
-        if trouble is not None:
-            typer.echo(printable(trouble), err=True)
+        if self._troubled != (trouble is not None):
+            self._troubled = not self._troubled
+            typer.echo("the coordinator answers again" if trouble is None else printable(trouble), err=True)
 
 
 def follow(client: Client, run: str, show: Show, interval: float, sleep: Callable[[float], None] = time.sleep) -> Snapshot:

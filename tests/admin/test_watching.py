@@ -15,11 +15,12 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from admin.client import Client
-from admin.following import Change, Snapshot, changes, look
+from admin.following import Change, Snapshot, changes, look, settled
 from admin.screen import current_jobs, line, screen
 from admin.watch import PATIENCE_SECONDS, Lines, follow
 from protocol import errors
-from protocol.states import JobState, RoundState, RunState
+from protocol.messages import Metric
+from protocol.states import JobKind, JobState, RoundState, RunState
 from tests.admin.conftest import Desk
 from tests.federation import make_plan, make_profile
 
@@ -88,6 +89,30 @@ async def test_a_run_is_followed_from_its_first_job_to_its_end(desk: Desk) -> No
     assert lines[-1] == "run small is finished, 2 of 2 rounds published; accuracy 0.5"
 
 
+async def test_a_rounds_measures_are_one_line_once_all_are_in(desk: Desk) -> None:
+    federation = desk.federation
+    devices = await federation.enrol_many(3)
+    run = await federation.open(make_plan(rounds=1))
+    values = iter([0.25, 0.5, 0.75])
+
+    async def turn() -> None:
+        """One device does one job; each measures something else."""
+        for device in devices:
+            job = await device.next_job()
+            if job is not None:
+                value = next(values) if job.kind is JobKind.evaluate and job.round == 1 else 0.5
+                await device.complete(job, metrics={"accuracy": Metric(value=value, weight=3)})
+                break
+        federation.tick()
+
+    _, seen, _ = await followed(desk, run, turn)
+    every, quiet = ([line(change) or "" for change in told(looks)] for looks in (seen, [settled(look) for look in seen]))
+    of_round = [[text for text in said if text.startswith("round 1 published") and "accuracy" in text] for said in (every, quiet)]
+    assert [len(said) for said in of_round] == [3, 1]
+    assert of_round[0][-1] == of_round[1][0]
+    assert quiet[-1] == every[-1]
+
+
 async def test_an_abandoned_attempt_between_two_looks_is_seen(desk: Desk) -> None:
     federation = desk.federation
     run, devices, _ = await federation.training(make_plan(rounds=1))
@@ -118,8 +143,12 @@ async def test_progress_within_a_job_is_told_to_programs_and_no_line(desk: Desk,
     show = Lines(line)
     show(before, None)
     capsys.readouterr()
-    show(after, "the coordinator was away")
-    assert capsys.readouterr() == ("", "the coordinator was away\n")
+    for _ in range(3):
+        show(after, "the coordinator is away")
+    assert capsys.readouterr() == ("", "the coordinator is away\n")
+    for _ in range(3):
+        show(after, None)
+    assert capsys.readouterr() == ("", "the coordinator answers again\n")
 
 
 async def test_the_screen_shows_each_clients_rank_progress_and_loss(desk: Desk) -> None:
