@@ -8,8 +8,10 @@ from typing import Annotated, Protocol, TypeVar
 
 import typer
 
+from admin import words
 from admin.client import Client
 from protocol import errors
+from protocol.views import RunView
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="id, beginning of an id, or name")]
 Which = Annotated[str, typer.Argument(metavar="CLIENT", help="id, beginning of an id, or name")]
@@ -26,8 +28,17 @@ class Identified(Protocol):
 Thing = TypeVar("Thing", bound=Identified)
 
 
-def find(noun: str, text: str, things: Iterable[Thing], name: Callable[[Thing], str] = lambda _: "") -> Thing:
-    """The one thing that is meant. Raises NotFound if there is none, InvalidRequest if there are several."""
+def find(
+    noun: str,
+    text: str,
+    things: Iterable[Thing],
+    name: Callable[[Thing], str] = lambda _: "",
+    about: Callable[[Thing], str] = lambda _: "",
+) -> Thing:
+    """The one thing that is meant. Raises NotFound if there is none, InvalidRequest if there are several.
+
+    about: what tells one thing from another of the same name, beside its id.
+    """
     known = list(things)
     for found in (
         [thing for thing in known if thing.id == text],
@@ -37,13 +48,17 @@ def find(noun: str, text: str, things: Iterable[Thing], name: Callable[[Thing], 
         if len(found) == 1:
             return found[0]
         if found:
-            raise errors.InvalidRequest(f"{len(found)} {noun}s are called {text!r}; say which by its id: {_ids(found)}")
+            raise errors.InvalidRequest(f"{len(found)} {noun}s are called {text!r}; say which by its id: {_ids(found, about)}")
     raise errors.NotFound(f"there is no {noun} {text!r}; there are {_names(known, name) or 'none'}")
 
 
 def run_id(client: Client, text: str) -> str:
     """The id of the run that is meant."""
-    return text if WHOLE_ID.fullmatch(text) else find("run", text, client.runs(), lambda run: run.name).id
+    return text if WHOLE_ID.fullmatch(text) else find("run", text, client.runs(), lambda run: run.name, _standing).id
+
+
+def _standing(run: RunView) -> str:
+    return f" ({run.state}, made {words.moment(run.created_at)})"
 
 
 def client_id(client: Client, text: str) -> str:
@@ -51,8 +66,8 @@ def client_id(client: Client, text: str) -> str:
     return text if WHOLE_ID.fullmatch(text) else find("client", text, client.clients(), lambda found: found.name).id
 
 
-def _ids(things: Sequence[Identified]) -> str:
-    return ", ".join(thing.id for thing in things[:5]) + (", …" if len(things) > 5 else "")
+def _ids(things: Sequence[Thing], about: Callable[[Thing], str]) -> str:
+    return ", ".join(thing.id + about(thing) for thing in things[:5]) + (", …" if len(things) > 5 else "")
 
 
 def _names(things: Sequence[Thing], name: Callable[[Thing], str]) -> str:

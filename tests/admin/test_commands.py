@@ -121,8 +121,8 @@ async def test_a_run_may_be_named_by_the_beginning_of_its_id_or_its_name_if_only
     again = desk.tell("runs", "create", plan_file)["id"]
     said = desk.refusal("runs", "show", "small")
     assert said.startswith("2 runs are called 'small'; say which by its id: ")
-    assert run in said
-    assert again in said
+    assert f"{run} (running, made 20" in said
+    assert f"{again} (running, made 20" in said
     assert desk.refusal("runs", "show", "run-").startswith("2 runs are called 'run-'; say which by its id:")
 
 
