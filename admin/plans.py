@@ -18,6 +18,8 @@ from protocol.contents import body_length
 from protocol.plan import Head, Plan
 from protocol.strict import mistakes
 
+UNCHECKED = " (not checked here)"  # which names there are, and their options, is the coordinator's to say when the run is made
+
 app = group("Look at plans before they run.")
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan as TOML, or as JSON if its name ends with .json")]
 
@@ -100,8 +102,8 @@ def _summary(plan: Plan) -> RenderableType:
             ("task", plan.task.kind),
             ("adapted", f"{len(layout.modules)} modules: {', '.join(kinds)}"),
             (_full_words(plan), ", ".join(layout.full)),
-            ("strategy", plan.strategy.name),
-            ("rank policy", plan.ranks.name),
+            ("strategy", plan.strategy.name + UNCHECKED),
+            ("rank policy", plan.ranks.name + UNCHECKED),
             ("continues", plan.continues or ""),
         ]
     )
