@@ -149,8 +149,8 @@ Which one? What follows is what [the evidence](evidence.md) shows, on small mode
 - `delta` where little shall travel: each starts from its own slice, and what that does not hold is kept. Devices of larger ranks gain
   by it. Those of the smallest run a cut of what was learned as a whole: in the language model's experiment that was worse (by 0.06 in
   the loss) than what they learn among themselves at that rank; on QQP it was not.
-- `training.cooling = 0.1` took 0.03 off the last loss of either; `momentum = 0.5` took 0.018 ± 0.006 off that of `folded`, and nothing beyond
-  chance off that of `delta`, nor on QQP of either.
+- `training.cooling = 0.1` took 0.03 off the last loss of either; `momentum = 0.5` took 0.018 ± 0.006 off that of `folded`, and off
+  that of `delta`, and on QQP off either, nothing beyond chance.
 - On QQP `folded` and `delta`, with momentum or without, and `raflora`, which averages each direction over those who train it, learn
   soonest, and none of them ends beyond chance above another; `folded` ends above rank 2 for all, `zero_pad` and `flora`.
 - Where all machines can train one rank, let them: unequal ranks did not beat equal ranks of the same mean that were trained by the same
