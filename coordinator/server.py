@@ -50,7 +50,7 @@ class _Server(uvicorn.Server):
 def check(settings: Settings) -> None:
     """Raises Conflict where nothing can listen at the address: before anything is begun that a server without one had to end."""
     try:
-        asyncio.run(_listen_once(settings.host, settings.port))
+        asyncio.run(_bind(settings.host, settings.port))
     except OSError as error:
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise errors.Conflict(
@@ -59,9 +59,9 @@ def check(settings: Settings) -> None:
         ) from None
 
 
-async def _listen_once(host: str, port: int) -> None:
-    """As uvicorn will do it, which only logs what is wrong."""
-    (await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)).close()
+async def _bind(host: str, port: int) -> None:
+    """As uvicorn will do it, which only logs what is wrong; nobody is let in yet."""
+    (await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port, start_serving=False)).close()
 
 
 def serve(app: FastAPI, settings: Settings, before_exit: Callable[[], None]) -> None:
