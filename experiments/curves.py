@@ -137,10 +137,12 @@ def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float,
 def _labelled(axes: Axes, ends: Mapping[str, float], looks: Looks, gap: float) -> None:
     """Each line's name beside its end, moved up or down as far as the others' names need."""
     ordered = sorted(ends, key=ends.__getitem__)
-    wanted = [min(max(float(axes.transLimits.transform((0, ends[name]))[1]), 0.0), 1.0) for name in ordered]
-    for name, at, place in zip(ordered, wanted, spread(wanted, gap), strict=True):
+    heights = [float(axes.transLimits.transform((0, ends[name]))[1]) for name in ordered]
+    wanted = [min(max(height, 0.0), 1.0) for height in heights]
+    for name, height, at, place in zip(ordered, heights, wanted, spread(wanted, gap), strict=True):
+        beyond = f", off at {ends[name]:.2f}" if abs(height - at) > gap else ""
         axes.plot([1.0, 1.025], [at, place], color=looks[name].colour, linewidth=0.8, transform=axes.transAxes, clip_on=False)
-        axes.text(1.03, place, name, color=looks[name].colour, fontsize=9, va="center", transform=axes.transAxes)
+        axes.text(1.03, place, name + beyond, color=looks[name].colour, fontsize=9, va="center", transform=axes.transAxes)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
