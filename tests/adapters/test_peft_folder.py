@@ -228,7 +228,7 @@ def test_the_model_card_says_what_made_the_adapter_and_the_hub_can_read_it(class
         "Each client measured what it would train from next, its own rank's slice or the whole adapter:\nwhichever rank this folder has",
         "| accuracy | 0.8125 |",
         "2, 4, 8, given by the policy `capacity`",
-        "`delta`",
+        "`folded`",
         FACTS.plan,
     ):
         assert fact in text

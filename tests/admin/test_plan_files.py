@@ -95,7 +95,7 @@ def test_checking_a_plan_says_what_it_amounts_to(toml: Path) -> None:
     for fact in ("2 modules: query", "classifier.bias, classifier.weight", f"{2 * 2 * 64 + 99}", f"{2 * 4 * 64 + 99}", "sha256:"):
         assert fact in result.stdout
     facts = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert {"strategy delta (not checked here)", "rank policy capacity (not checked here)"} <= set(facts)
+    assert {"strategy folded (not checked here)", "rank policy capacity (not checked here)"} <= set(facts)
     found = Plan.model_validate(json.loads(CliRunner().invoke(app, ["plans", "check", str(toml), "--json"]).stdout))
     assert found.layout is not None
     assert found.model.fingerprint is not None
