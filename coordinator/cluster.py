@@ -40,8 +40,11 @@ class Cluster(Executor):
         return future
 
     def width(self) -> int:
-        """The tasks that all workers together carry out at a time."""
-        return sum(self._client.nthreads().values())
+        """The tasks that all workers together carry out at a time; 0 while nobody says so, as where the scheduler was lost."""
+        try:
+            return sum(self._client.nthreads().values())
+        except OSError:  # whoever submits a task next looks for the scheduler that is there then
+            return 0
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster, which goes on without us."""

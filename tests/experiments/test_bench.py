@@ -225,7 +225,7 @@ def test_nothing_is_estimated_before_a_round_is_done() -> None:
 
 
 def test_a_run_that_fails_stops_no_other_and_is_tried_again(places: Places, tmp_path: Path) -> None:
-    hopeless = {"name": "hopeless", "plan": {"norm": {"bound": 1e-9, "action": "reject"}, "times": SOON}}
+    hopeless = {"name": "hopeless", "plan": {"norm": {"bound": 1e-6, "action": "reject"}, "times": SOON}}
     given = experiment(contestants=[hopeless, *experiment().contestants])
     for _ in range(2):
         ended = Bench(given, places, Results(tmp_path), SILENT).run(some(given, ["hopeless", "delta"]), range(1))
@@ -271,7 +271,7 @@ def test_nothing_is_frozen_before_everything_was_tried(places: Places, tmp_path:
 
 
 def test_settings_with_which_no_round_comes_about_are_the_worst_and_stop_nobody(places: Places, tmp_path: Path) -> None:
-    hopeless = {"norm": {"bound": 1e-9, "action": "reject"}, "times": SOON}  # no change is as small
+    hopeless = {"norm": {"bound": 1e-6, "action": "reject"}, "times": SOON}  # no change is as small
     given = experiment(tuning={"rounds": 1, "tries": [hopeless, {"training": {"learning_rate": 1e-2}}]}, seeds=1)
     (delta,) = some(given, ["delta"])
 
@@ -373,7 +373,7 @@ def test_the_command_leaves_results_tables_and_pictures(quick: Path) -> None:
 def test_the_command_goes_on_when_a_run_fails_and_ends_with_1(tmp_path: Path) -> None:
     """No change is as small as delta may make."""
     text = (FOLDER / "quick.toml").read_text("utf-8")
-    hopeless = 'norm = { bound = 1e-9, action = "reject" }, times = { lease = 5, no_progress = 5, job = 10, round = 10 }'
+    hopeless = 'norm = { bound = 1e-6, action = "reject" }, times = { lease = 5, no_progress = 5, job = 10, round = 10 }'
     text = text.replace('{ strategy = { name = "delta" } }', f'{{ strategy = {{ name = "delta" }}, {hopeless} }}').replace(
         "= 3e8", "= 1e11"
     )
