@@ -127,7 +127,9 @@ class Blobs:
 
     def missing(self, digests: Collection[str]) -> set[str]:
         """Those of the blobs that are not here; asked all at once where each question waits for another machine."""
-        with ThreadPoolExecutor(min(QUESTIONS, len(digests)) if self.far and digests else 1) as pool:
+        if not self.far:
+            return {digest for digest in digests if not self.exists(digest)}
+        with ThreadPoolExecutor(QUESTIONS) as pool:
             return {digest for digest, here in zip(digests, pool.map(self.exists, digests), strict=True) if not here}
 
     def delete(self, digest: str) -> None:
