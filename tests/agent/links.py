@@ -76,24 +76,29 @@ class Link:
     up: Direction = field(default_factory=Direction)
     down: Direction = field(default_factory=Direction)
     connections: int = 0
+    ways: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def settle(self, _: float) -> None:
-        """Wait until what came before a cut has been stored."""
-        await asyncio.sleep(0.02)  # for the last bytes to come through
+        """Wait until what came before a cut has been stored: it has arrived, for the coordinator hears of a cut first."""
         while self.requests.running:  # noqa: ASYNC110  # no test waits for long
             await asyncio.sleep(0.01)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[str]:
         """The address at which the way begins."""
-        server = await asyncio.start_server(self._through, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         try:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         finally:
             server.close()
+            await asyncio.gather(*self.ways)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.ways.add(way := asyncio.create_task(self._through(reader, writer)))
+        way.add_done_callback(self.ways.discard)
 
     async def _through(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
         there, back = await asyncio.open_connection("127.0.0.1", self.port)
         up = asyncio.create_task(self.up.carry(reader, back, next(self.up.cuts, None)))
         down = asyncio.create_task(self.down.carry(there, writer, next(self.down.cuts, None)))
@@ -102,6 +107,10 @@ class Link:
         for task in (up, down):
             task.cancel()
         await asyncio.gather(up, down, return_exceptions=True)
+        with suppress(ConnectionError):
+            back.write_eof()
+            while await there.read(1 << 16):  # until the coordinator has taken all that was carried, and closed its end
+                pass
         for end in (back, writer):
             with suppress(ConnectionError):
                 end.close()
