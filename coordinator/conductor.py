@@ -181,9 +181,12 @@ class Conductor:
 
     def _publish(self, claim: Claim, task: RoundTask | Plan, merged: Merged, seconds: float) -> list[str]:
         """Again where the database is away: a merge is not done anew for that. Twice is once, by the claim."""
-        for pause in PUBLISHING:
+        for attempt, pause in enumerate(PUBLISHING):
             with suppress(OperationalError):
-                return self._published(claim, task, merged, seconds)
+                woken = self._published(claim, task, merged, seconds)
+                if attempt and not woken:  # an earlier commit was carried out, perhaps, and only its answer lost
+                    self._bell.wake_everybody()
+                return woken
             log.warning("publishing-waits", round=claim.round_id, seconds=pause)
             time.sleep(pause)
         return self._published(claim, task, merged, seconds)

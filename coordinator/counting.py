@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from statistics import median
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from coordinator import events, jobs, quarantine
-from coordinator.jobs import ACTIVE, plan_of
+from coordinator.jobs import plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol.messages import BlobRef
 from protocol.plan import Plan
@@ -59,8 +59,7 @@ def waiting(session: Session, run: Run, round: Round) -> list[Waiting]:
 def lock(session: Session, run: Run, round: Round) -> None:
     """Take all jobs that closing the round may change: those that are worked on, and those that wait to be merged."""
     rounds = select(Round.id).where(_mine(run, round))
-    waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None))
-    jobs.lock(session, Job.round_id.in_(rounds), Job.kind == JobKind.train, or_(Job.state.in_(ACTIVE), waits))
+    jobs.lock(session, Job.round_id.in_(rounds), Job.kind == JobKind.train, jobs.UNSETTLED)
 
 
 def number_waiting(session: Session, run: Run, round: Round) -> int:

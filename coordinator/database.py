@@ -17,8 +17,8 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import URL, Connection, create_engine, event, make_url, text
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.engine import Engine, ExceptionContext
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -132,6 +132,13 @@ def _watch(connection: psycopg.Connection, _: ConnectionPoolEntry) -> None:
     connection.commit()
 
 
+def _away(context: ExceptionContext) -> None:
+    """A connection that was ended for idling is a database that is away, though PostgreSQL's driver has another class for it."""
+    found = context.original_exception
+    if context.is_disconnect and not isinstance(found, psycopg.OperationalError):
+        raise OperationalError(context.statement, context.parameters, found, connection_invalidated=True) from found
+
+
 def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
@@ -143,6 +150,7 @@ class Database:
         self.engine = open_engine(url)
         if self.engine.dialect.name == "postgresql":
             event.listen(self.engine, "connect", _watch)
+            event.listen(self.engine, "handle_error", _away)
         self.clock = clock
         self._readers = sessionmaker(self.engine, expire_on_commit=False)
         self._writers = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)

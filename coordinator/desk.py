@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import structlog
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from coordinator import clients, leasing
+from coordinator import clients, jobs, leasing, tables
 from coordinator.database import Database
 from coordinator.leasing import Asking, Glance
 from protocol import crash
@@ -116,7 +116,10 @@ class Desk:
 
     async def _serve(self) -> None:
         while self._standing:
-            await self._carry_out(self._next_batch())
+            batch = self._next_batch()
+            error = await self._carry_out(batch)
+            if error is not None:
+                await self._apart(batch, error)
 
     def _next_batch(self) -> list[_Errand]:
         """The first of each client: who asks twice at once gets two leases, one after the other."""
@@ -130,27 +133,30 @@ class Desk:
         self._standing = rest
         return [batch[client] for client in sorted(batch)]
 
-    async def _carry_out(self, batch: Sequence[_Errand]) -> None:
+    async def _carry_out(self, batch: Sequence[_Errand]) -> Exception | None:
+        """Do a batch, all of it or nothing; gives why nothing was done."""
         try:
             outcomes = await run_in_threadpool(self._commit, batch)
         except Exception as error:  # noqa: BLE001  # each hears of its own
-            await self._apart(batch, error)
-        else:
-            for errand in batch:
-                errand.tell(outcomes[errand])
-
-    async def _apart(self, batch: Sequence[_Errand], error: Exception) -> None:
-        """What fails for one client shall not fail for the others; where the database is away it fails for all, at once."""
-        if len(batch) == 1 or not await run_in_threadpool(self._answers):
-            for errand in batch:
-                errand.tell(error)
-            return
+            return error
         for errand in batch:
+            errand.tell(outcomes[errand])
+        return None
+
+    async def _apart(self, batch: Sequence[_Errand], error: Exception | None) -> None:
+        """What fails for one client shall not fail for the others; where the database is away it fails for all, at once."""
+        for n, errand in enumerate(batch):
+            if len(batch) == 1 or (isinstance(error, OperationalError) and not await run_in_threadpool(self._answers)):
+                for waiting in batch[n:]:
+                    waiting.tell(error)
+                return
             if not errand.outcome.done():
-                await self._carry_out([errand])
+                error = await self._carry_out([errand])
+                if error is not None:
+                    errand.tell(error)
 
     def _answers(self) -> bool:
-        with suppress(SQLAlchemyError), self._database.read() as session:
+        with suppress(SQLAlchemyError), self._database.write() as session:
             self._database.clock(session)
             return True
         return False
@@ -159,7 +165,10 @@ class Desk:
         outcomes: dict[_Errand, object] = {}
         with self._database.write() as session:
             now = self._database.clock(session)
-            for work in dict.fromkeys(errand.work for errand in batch):
+            works = list(dict.fromkeys(errand.work for errand in batch))
+            if len(works) > 1:  # each takes its clients' jobs in order; one after the other they would not
+                jobs.lock(session, tables.Job.client_id.in_([errand.client for errand in batch]), jobs.UNSETTLED)
+            for work in works:
                 group = [errand for errand in batch if errand.work == work]
                 outcomes |= zip(group, work(session, [errand.thing for errand in group], now), strict=True)
         for errand, outcome in outcomes.items():

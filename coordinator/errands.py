@@ -36,7 +36,7 @@ _JOBS = (
     .join(Run, Round.run_id == Run.id)
     .join(Client, Job.client_id == Client.id)
     .where(Job.id.in_(bindparam("ids", expanding=True)))
-    .order_by(Job.client_id)
+    .order_by(Job.client_id, Job.id)
     .with_for_update(of=Job, key_share=True)  # the same request sent twice at once is answered twice
 )
 

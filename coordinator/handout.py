@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, CursorResult, Select, and_, func, insert, 
 from sqlalchemy.orm import Session
 
 from coordinator import access, aggregation, cohort, events, portions, published
-from coordinator.jobs import ACTIVE, lock, plan_of
+from coordinator.jobs import ACTIVE, UNSETTLED, lock, plan_of
 from coordinator.tables import Client, Job, Round, Run
 from protocol.messages import BlobRef
 from protocol.plan import Plan
@@ -29,7 +29,8 @@ def train(
     assert base is not None, "a round opens only after the one before it was published"
     deadline = _deadline(plan, round, now)
     views = cohort.assign(session, run.id, plan, chosen, able, min(plan.times.job, (deadline - now).total_seconds()))
-    return _queue(session, round, JobKind.train, chosen, views, _starts(session, base, plan, round.number, chosen, views), deadline, now)
+    starts = _starts(session, base, plan, round.number, chosen, views)
+    return _queue(session, round, plan, JobKind.train, chosen, views, starts, deadline, now)
 
 
 class _Start(NamedTuple):
@@ -61,6 +62,7 @@ def _deadline(plan: Plan, round: Round, now: datetime) -> datetime:
 def _queue(
     session: Session,
     round: Round,
+    plan: Plan,
     kind: JobKind,
     chosen: Sequence[Client],
     views: dict[str, RankView],
@@ -69,12 +71,14 @@ def _queue(
     now: datetime,
 ) -> list[str]:
     same = {"round_id": round.id, "kind": kind, "state": JobState.queued, "created_at": now, "deadline": deadline}
+    part = "train" if kind is JobKind.train else "held_out"
     new = []
     for client in chosen:
         view, start = views[client.id], starts[client.id]
         own = {"id": access.new_id("job"), "client_id": client.id, "rank": view.rank, "rank_view": view.model_dump(mode="json")}
         handed = {"base": start.file.digest, "base_bytes": start.file.bytes, "directions": start.directions}
-        new.append(same | own | handed)
+        known = {"known_rows": client.profile["datasets"].get(plan.data, {}).get(part, 0)}
+        new.append(same | own | handed | known)
     if new:
         session.connection().execute(_NEW, new)  # there may be thousands; as objects they would take several times as long
     return [client.id for client in chosen]
@@ -106,7 +110,7 @@ def evaluate(session: Session, run: Run, round: Round, now: datetime, pace: floa
         views = dict.fromkeys(ids, RankView(rank=rank, reason="the plan's rank for evaluation"))
         starts = dict.fromkeys(ids, _Start(published.slices(session, round.id)[rank], None))
     deadline = now + timedelta(seconds=plan.times.round)
-    return _queue(session, round, JobKind.evaluate, able, views, starts, deadline, now)
+    return _queue(session, round, plan, JobKind.evaluate, able, views, starts, deadline, now)
 
 
 def expire(session: Session, run: Run, now: datetime) -> None:
@@ -122,17 +126,21 @@ def expire(session: Session, run: Run, now: datetime) -> None:
         Job.progress_at <= silent,
         and_(Job.state == JobState.queued, Job.created_at <= silent),
     )
-    rows = session.execute(
+    due = (
         select(Job, Round, Client)
         .join(Round, Job.round_id == Round.id)
         .join(Client, Job.client_id == Client.id)
         .where(Round.run_id == run.id, Job.state.in_(ACTIVE))
         # Those for whom no reason below can hold are not even read: there may be thousands.
         .where(or_(Client.state != ClientState.active, and_(over, Job.state != JobState.queued) if standing else over))
-        .order_by(Job.client_id)
-        .with_for_update(of=Job, key_share=True)  # a lease that is renewed at this moment has not ended
+        .order_by(Job.client_id, Job.id)
     )
-    for job, round, client in rows:
+    if session.execute(due.with_only_columns(Job.id).limit(1)).first() is None:
+        return
+    # All that this transaction may come to change, the rest when it closes the round: whoever takes a few first and others then may be
+    # waited for by whom it waits for. A lease that is renewed at this moment has not ended.
+    lock(session, Job.round_id.in_(select(Round.id).where(Round.run_id == run.id)), UNSETTLED)
+    for job, round, client in session.execute(due.execution_options(populate_existing=True)):
         ended = _overdue(job, plan, client, now, standing)
         if ended is not None and end(session, Job.id == job.id, Job.epoch == job.epoch, state=ended[0], reason=ended[1], now=now):
             events.record(session, now, f"job-{ended[0]}", run=run.id, round=round.number, client=client.name, reason=ended[1])
@@ -164,7 +172,7 @@ def give_time_back(session: Session, run: Run, since: datetime, now: datetime) -
     for round in session.scalars(open.with_for_update(key_share=True)):
         round.closes_at += now - since
     queued = select(Job).join(Round, Job.round_id == Round.id).where(Round.run_id == run.id, Job.state == JobState.queued)
-    for job in session.scalars(queued.order_by(Job.client_id).with_for_update(of=Job, key_share=True)):
+    for job in session.scalars(queued.order_by(Job.client_id, Job.id).with_for_update(of=Job, key_share=True)):
         stood = now - max(since, job.created_at)  # a merge that was under way may have been published, and to be measured, since
         job.created_at, job.deadline = job.created_at + stood, job.deadline + stood
 
@@ -235,8 +243,7 @@ def _at_work(run: Run, round: Round) -> Select[str]:
 
 def take_over(session: Session, before: Round, round: Round) -> None:
     """Let a new attempt at a buffered round have what is in work, and what is in, of the one before it."""
-    waits = and_(Job.state == JobState.submitted, Job.counted_in.is_(None))
-    mine = (Job.round_id == before.id, Job.kind == JobKind.train, or_(Job.state.in_(ACTIVE), waits))
+    mine = (Job.round_id == before.id, Job.kind == JobKind.train, UNSETTLED)
     lock(session, *mine)
     session.execute(update(Job).where(*mine).values(round_id=round.id).execution_options(synchronize_session="fetch"))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from coordinator import ranks
-from coordinator.tables import Job, Round
+from coordinator.tables import Client, Job, Round
 from protocol import errors
 from protocol.messages import Profile, Usage
 from protocol.states import JobKind, JobState
@@ -22,7 +22,7 @@ class History:
 
     previous: int | None = None  # the last rank
     measured: ranks.Measured | None = None
-    overburdened: bool = False  # that one started from the whole adapter, and ran out of time or memory
+    overburdened: bool = False  # its last job, or one that measured, started from the whole adapter, and ran out of time or memory
 
 
 NEW = History()
@@ -36,7 +36,10 @@ def candidate(name: str, labels: Mapping[str, str], profile: Profile, history: H
 
 def of_run(session: Session, run_id: str) -> dict[str, History]:
     """The history of every client that was ever drawn, by its id."""
-    return _histories(session, _OF_RUN, {"run": run_id})
+    found = _histories(session, _OF_RUN, {"run": run_id})
+    for client in session.connection().scalars(_MEASURED_TOO_MUCH, {"run": run_id, "refusal": errors.MemoryRefusal.slug()}):
+        found[client] = replace(found.get(client, NEW), overburdened=True)
+    return found
 
 
 def of_clients(session: Session, run_id: str, client_ids: Sequence[str]) -> dict[str, History]:
@@ -80,5 +83,14 @@ def _latest(*which: ColumnElement[bool]) -> _Found:
     return select(Job.client_id, Job.rank, Job.result, Job.directions, _OVERTAXED).where(*these)
 
 
+# Since the device was last described, for it may have got more memory. What cannot be measured cannot be trained either.
+_MEASURED_TOO_MUCH = (
+    select(Job.client_id)
+    .join(Round, Job.round_id == Round.id)
+    .join(Client, Job.client_id == Client.id)
+    .where(Round.run_id == bindparam("run"), Job.kind == JobKind.evaluate, Job.refusal == bindparam("refusal"))
+    .where(Job.directions.is_not(None), Job.ended_at >= Client.profiled_at)
+    .distinct()
+)
 _OF_RUN = _Latest.of()
 _OF_CLIENTS = _Latest.of(Job.client_id.in_(bindparam("clients", expanding=True)))

@@ -18,7 +18,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Row, and_, bindparam, select, update
+from sqlalchemy import ColumnElement, CursorResult, Row, and_, bindparam, or_, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import aggregation, clients, events, quarantine
@@ -32,6 +32,8 @@ from protocol.states import JobKind, JobState
 ACTIVE = (JobState.queued, JobState.leased)
 Facts = Row[*tuple[Any, ...]]  # what was read of a job and its surroundings, by the names of the columns
 PLANS = 64  # kept when they were parsed
+# Jobs that may still change: they are worked on, or wait to be merged.
+UNSETTLED = or_(Job.state.in_(ACTIVE), and_(Job.state == JobState.submitted, Job.counted_in.is_(None)))
 FETCHES = 100  # a client that says it fetched its slice more often is not believed: views add these bytes up
 
 
@@ -111,8 +113,8 @@ def held(client_id: str, job_id: str, epoch: int) -> ColumnElement[bool]:
 
 
 def lock(session: Session, *which: ColumnElement[bool]) -> None:
-    """Take these jobs until the transaction ends, in the order of their clients as everywhere; then they may be changed in any order."""
-    session.execute(select(Job.id).where(*which).order_by(Job.client_id).with_for_update(key_share=True)).all()
+    """Take these jobs until the transaction ends, in the order of clients and jobs as everywhere; then they may be changed in any order."""
+    session.execute(select(Job.id).where(*which).order_by(Job.client_id, Job.id).with_for_update(key_share=True)).all()
 
 
 def _advance(session: Session, client_id: str, job_id: str, epoch: int, **values: object) -> None:

@@ -63,7 +63,7 @@ def hand_out(session: Session, client_ids: Collection[str], now: datetime) -> di
     All of them are looked up at once: a round that opens is picked up by a whole fleet in the same seconds. A job that was
     never handed out, and for which there is no time left, is cancelled instead, with the reason.
     """
-    found = session.connection().execute(_NEXT, {"ids": list(client_ids)}).all()
+    found = sorted(session.connection().execute(_NEXT, {"ids": list(client_ids)}), key=_turn)
     desk = _Desk(session, sorted({job.client_id for job in found}), now)
     given: dict[str, messages.Job] = {}
     for job in found:
@@ -73,10 +73,15 @@ def hand_out(session: Session, client_ids: Collection[str], now: datetime) -> di
     return given
 
 
+def _turn(job: Facts) -> tuple[object, ...]:
+    """By client; leased before queued, evaluation before training."""
+    return job.client_id, job.state, job.created_at, job.kind, job.id
+
+
 _NEXT = (
     select(
         *(Job.id, Job.client_id, Job.kind, Job.state, Job.epoch, Job.rank, Job.rank_view, Job.base, Job.base_bytes, Job.directions),
-        *(Job.deadline, Job.max_steps, Round.number, Round.run_id, Run.name.label("run_name"), Run.plan_digest),
+        *(Job.created_at, Job.deadline, Job.max_steps, Round.number, Round.run_id, Run.name.label("run_name"), Run.plan_digest),
         *(Client.name.label("client_name"), Client.labels, Client.profile),
     )
     .join(Round, Job.round_id == Round.id)
@@ -84,7 +89,7 @@ _NEXT = (
     .join(Client, Job.client_id == Client.id)
     .where(Job.client_id.in_(bindparam("ids", expanding=True)), Job.state.in_(ACTIVE))
     .where(Client.state == ClientState.active, Run.state == RunState.running)
-    .order_by(Job.client_id, Job.state, Job.created_at, Job.kind, Job.id)  # leased before queued; evaluation before training
+    .order_by(Job.client_id, Job.id)  # in which everybody takes jobs
     .with_for_update(of=Job, key_share=True)  # a job that ends at this moment is not revived
 )
 _HERE = (Job.id == bindparam("job"), Job.epoch == bindparam("before"), Job.state == bindparam("was"))

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -119,9 +119,10 @@ def merge_tensor(task: ModuleTask) -> Piece:
     the wire's dtype made of T, and a mean of what began there would lose, round by round, every step below its rounding.
     """
     blobs = Blobs.open(task.round.store)
+    started = lru_cache(maxsize=1)(lambda digest: open_slice(blobs, digest).full(task.name))  # of many the same; a head may be large
 
     def change(input: Input) -> Tensor:
-        given = open_slice(blobs, input.base).full(task.name)
+        given = started(input.base)
         return _opened(blobs, input).trained_full(task.name, lambda: given).double().sub_(given)
 
     merged = open_slice(blobs, task.round.previous).full(task.name).double()  # no dearer than bringing it elsewhere

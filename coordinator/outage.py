@@ -17,7 +17,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from coordinator import events
 from coordinator.columns import Base
 from coordinator.handout import GONE
-from coordinator.jobs import ACTIVE
+from coordinator.jobs import ACTIVE, lock
 from coordinator.tables import Beat, Client, Job, Round, Run, Upload
 from protocol.states import JobState, RoundState
 
@@ -57,6 +57,7 @@ def _move_on(session: Session, gap: timedelta) -> None:
     """In the order in which everybody takes rows: runs, rounds, jobs, clients."""
     _shift(session, Run, gap, [Run.waiting_since], Run.waiting_since.is_not(None))
     _shift(session, Round, gap, [Round.closes_at], Round.state == RoundState.open)
+    lock(session, Job.state.in_(ACTIVE))
     _shift(session, Job, gap, [Job.created_at], Job.state == JobState.queued)
     _shift(session, Job, gap, [Job.deadline, Job.lease_until, Job.progress_at], Job.state.in_(ACTIVE))
     _shift(session, Upload, gap, [Upload.touched_at])
@@ -79,8 +80,7 @@ def _shift(
 ) -> None:
     """Row by row, because SQLite keeps times as text and cannot add to them."""
     (key,) = table.__table__.primary_key
-    order = Job.client_id if table is Job else key
-    query = select(key, *times).where(*which).order_by(order).with_for_update(key_share=True)
+    query = select(key, *times).where(*which).order_by(key).with_for_update(key_share=True)
     moved = [
         {name: value + gap if isinstance(value, datetime) else value for name, value in row._mapping.items()}
         for row in session.execute(query)

@@ -68,8 +68,10 @@ def prolong(session: Session, claim: Claim, now: datetime) -> bool:
 
 def give_back(session: Session, claim: Claim, now: datetime, reason: str | None = None) -> None:
     """Let go of a round that cannot be merged now; operators are told the reason, if there is one."""
+    round = session.get_one(Round, claim.round_id)
+    if reason is not None:  # the run before the round, as everywhere
+        session.get_one(Run, round.run_id, with_for_update={"key_share": True})
     if _update(session, claim, merge_until=now) and reason is not None:
-        round = session.get_one(Round, claim.round_id)
         waits = f"round {round.number} waits to be merged: {reason}"
         session.execute(update(Run).where(Run.id == round.run_id, Run.state == RunState.running).values(reason=waits))
 

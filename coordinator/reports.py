@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ from protocol.states import JobKind, JobState, RoundState, RunState
 from protocol.views import Energy, JobView, Manifest, Page, RankView, RoundSummary, RoundView, RunDetail, RunView
 
 OF_TOKENS = ("loss", "loss_before", "loss_after", "perplexity")  # a language model's, weighted by what was learned
-Rows = Mapping[str, Mapping[str, Mapping[str, int]]]  # client → data set → rows of each part
 
 
 def run_view(session: Session, run: Run) -> RunView:
@@ -62,7 +60,7 @@ def _newest_metrics(session: Session, run: Run) -> dict[str, float]:
     if round_id is None:
         return {}
     jobs = _jobs(session, [round_id])[round_id]
-    return _metrics(run, jobs, JobKind.evaluate, _rows(session, jobs))
+    return _metrics(run, jobs, JobKind.evaluate)
 
 
 def summaries(session: Session, run: Run, cursor: str | None, limit: int) -> Page[RoundSummary]:
@@ -73,8 +71,7 @@ def summaries(session: Session, run: Run, cursor: str | None, limit: int) -> Pag
     query = select(Round).where(Round.run_id == run.id).order_by(Round.number, Round.attempt).offset(start).limit(limit + 1)
     rows = list(session.scalars(query))
     jobs = _jobs(session, [row.id for row in rows[:limit]])
-    known = _rows(session, itertools.chain.from_iterable(jobs.values()))
-    items = [_summary(run, row, jobs[row.id], known) for row in rows[:limit]]
+    items = [_summary(run, row, jobs[row.id]) for row in rows[:limit]]
     return Page(items=items, next=str(start + limit) if len(rows) > limit else None)
 
 
@@ -93,7 +90,7 @@ def round_view(session: Session, run: Run, number: int, attempt: int | None) -> 
     numbers = {row.id: row.number for row in session.execute(select(Round.id, Round.number).where(Round.id.in_(listed)))}
     adapter = None if row.adapter is None or row.adapter_bytes is None else BlobRef(digest=row.adapter, bytes=row.adapter_bytes)
     return RoundView(
-        **_summary(run, row, jobs, _rows(session, jobs)).model_dump(),
+        **_summary(run, row, jobs).model_dump(),
         jobs=[_job_view(job, names[job.client_id], numbers) for job in jobs],
         adapter=adapter,
         slices=published.slices(session, row.id),
@@ -113,7 +110,7 @@ def _jobs(session: Session, round_ids: Sequence[int]) -> dict[int, list[Job]]:
     return found
 
 
-def _summary(run: Run, row: Round, jobs: Sequence[Job], rows: Rows) -> RoundSummary:
+def _summary(run: Run, row: Round, jobs: Sequence[Job]) -> RoundSummary:
     own = [job for job in jobs if job.round_id == row.id]
     counted = [job for job in jobs if job.kind == JobKind.train and _counts(job, row)]
     return RoundSummary(
@@ -130,8 +127,8 @@ def _summary(run: Run, row: Round, jobs: Sequence[Job], rows: Rows) -> RoundSumm
         bytes_down=sum(job.fetched_bytes for job in own),
         train_seconds=sum(result.usage.seconds for result in map(_result, counted) if result is not None),
         merge_seconds=row.merge_seconds,
-        metrics=_metrics(run, own, JobKind.evaluate, rows),
-        train_metrics=_metrics(run, counted, JobKind.train, rows),
+        metrics=_metrics(run, own, JobKind.evaluate),
+        train_metrics=_metrics(run, counted, JobKind.train),
         kept_energy=_kept([Energy.model_validate(view) for view in (row.energy or {}).values()]),
     )
 
@@ -147,27 +144,29 @@ def _result(job: Job) -> Result | None:
     return None if job.result is None else Result.model_validate(job.result)
 
 
-def _metrics(run: Run, jobs: Iterable[Job], kind: JobKind, rows: Rows) -> dict[str, float]:
+def _metrics(run: Run, jobs: Iterable[Job], kind: JobKind) -> dict[str, float]:
     """Weighted means over clients. Perplexity is that of the mean loss: a mean of perplexities would be none.
 
-    As with contributions, rows that are not in a client's profile add no weight, and none weighs more than the plan's largest share.
+    As with contributions, rows that were not in a client's profile add no weight, and none weighs more than the plan's largest share.
     """
     plan, states = plan_of(run), (JobState.submitted, JobState.accepted)
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for job in jobs:
         result = _result(job) if job.kind == kind and job.state in states else None
-        for name, metric in (result.metrics if result else {}).items():
-            most = most_weight(plan, kind, name, rows.get(job.client_id, {}).get(plan.data, {}))
-            found[name].append((metric.value, min(metric.weight, most)))
+        if result is None:
+            continue
+        rows = result.examples if job.known_rows is None else job.known_rows  # older jobs do not say it
+        for name, metric in result.metrics.items():
+            found[name].append((metric.value, min(metric.weight, _most_weight(plan, kind, name, rows))))
     means = {name: _mean(measured, plan.largest_share) for name, measured in sorted(found.items())}
     if isinstance(plan.task, CausalLM) and means.get("loss", math.inf) < 700:  # exp of more is no float
         means["perplexity"] = math.exp(means["loss"])
     return means
 
 
-def most_weight(plan: Plan, kind: JobKind, name: str, known: Mapping[str, int]) -> float:
+def _most_weight(plan: Plan, kind: JobKind, name: str, known: int) -> float:
     """What a metric may weigh, of a client that has `known` rows: as many as it could see, for a language model's losses their tokens."""
-    rows = known.get("held_out", 0) if kind is JobKind.evaluate else known.get("train", 0) * max(1.0, plan.training.epochs)
+    rows = known if kind is JobKind.evaluate else known * max(1.0, plan.training.epochs)
     return max(1.0, rows) * (plan.task.max_length if isinstance(plan.task, CausalLM) and name in OF_TOKENS else 1)
 
 
@@ -175,14 +174,6 @@ def _mean(measured: Sequence[tuple[float, float]], largest: float) -> float:
     """Of values and their weights > 0, none of which counts more than that share."""
     weights = counting.shares([weight for _, weight in measured], largest)
     return math.fsum(value * weight for (value, _), weight in zip(measured, weights, strict=True))
-
-
-def _rows(session: Session, jobs: Iterable[Job]) -> Rows:
-    """What the profiles of the clients of these jobs say now."""
-    known = session.execute(
-        select(Client.id, Client.profile["datasets"].label("datasets")).where(Client.id.in_({job.client_id for job in jobs}))
-    )
-    return {row.id: row.datasets for row in known}
 
 
 def _kept(modules: Sequence[Energy]) -> dict[int, float]:

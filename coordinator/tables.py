@@ -169,6 +169,7 @@ class Job(Base):
     fetched_bytes: Mapped[int] = mapped_column(default=0)
     change_norm: Mapped[float | None]
     result: Mapped[Document | None]
+    known_rows: Mapped[int | None]  # to train on, or to measure on: as the client's profile said when it was drawn
     weight: Mapped[float | None]
     counted_in: Mapped[int | None] = mapped_column(ForeignKey("rounds.id"), index=True)
     max_steps: Mapped[int | None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from protocol import errors
 from protocol.plan import Layout, Plan
-from protocol.texts import REASON, odd
+from protocol.texts import odd
 
 MOST_NUMBERS = 2**33  # of an adapter; a model of 70 billion parameters adapted everywhere at rank 256 has 3.3 billion
 LEAST = 1e-6  # of alpha and of a norm bound: what is divided by less, or scaled to it, leaves the range of float32
@@ -15,8 +15,8 @@ LEAST = 1e-6  # of alpha and of a norm bound: what is divided by less, or scaled
 
 def check(plan: Plan) -> None:
     """Raise InvalidPlan for a plan that no coordinator and no device could carry out."""
-    if (place := odd(plan.model_dump())) is not None:
-        raise errors.InvalidPlan(f"{place}: {REASON}")
+    if (found := odd(plan.model_dump())) is not None:
+        raise errors.InvalidPlan(found)
     if plan.adapter.alpha < LEAST:
         raise errors.InvalidPlan(f"adapter.alpha is {plan.adapter.alpha:g}; slices divided by a scale below {LEAST:g} hold no numbers")
     if plan.norm is not None and plan.norm.bound < LEAST:

@@ -19,7 +19,6 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from protocol.course import Buffer, Cohort, Evaluation, NormBound, Times, Training
 from protocol.strict import Digest, Name, Share, Strict
-from protocol.texts import Text
 
 LARGEST_RANK = 4096
 
@@ -62,12 +61,12 @@ class SequenceClassification(Strict):
     """Give a text, or a pair of texts, one of the labels."""
 
     kind: Literal["sequence-classification"] = "sequence-classification"
-    labels: list[Text] = Field(
+    labels: list[str] = Field(
         min_length=2, max_length=10_000, description="label texts as they stand in the data, in the order of the model's outputs"
     )
-    text: Text = Field(default="text", min_length=1, description="column of the text")
-    text_pair: Text | None = Field(default=None, description="column of the second text, for pairs")
-    label: Text = Field(default="label", min_length=1, description="column of the label")
+    text: str = Field(default="text", min_length=1, description="column of the text")
+    text_pair: str | None = Field(default=None, description="column of the second text, for pairs")
+    label: str = Field(default="label", min_length=1, description="column of the label")
     max_length: int = Field(default=128, ge=4, le=32_768, description="tokens; longer texts are cut")
 
     @field_validator("labels", mode="before")
@@ -88,8 +87,8 @@ class CausalLM(Strict):
     """Continue a text; where there is a prompt column, only what follows the prompt is learned."""
 
     kind: Literal["causal-lm"] = "causal-lm"
-    text: Text = Field(default="text", min_length=1, description="column of the text that is learned")
-    prompt: Text | None = Field(default=None, description="column of the prompt, which is read but not learned")
+    text: str = Field(default="text", min_length=1, description="column of the text that is learned")
+    prompt: str | None = Field(default=None, description="column of the prompt, which is read but not learned")
     max_length: int = Field(default=256, ge=4, le=131_072, description="tokens; longer texts are cut")
 
 
@@ -122,8 +121,8 @@ class Head(StrEnum):
 class Adapter(Strict):
     """What is adapted, and by which conventions."""
 
-    modules: list[Text] | Literal["all-linear"] = Field(description="name endings of the linear modules to adapt, or all-linear")
-    full: list[Text] | None = Field(
+    modules: list[str] | Literal["all-linear"] = Field(description="name endings of the linear modules to adapt, or all-linear")
+    full: list[str] | None = Field(
         default=None, description="modules kept whole, and not as factors; by default the task's freshly made head"
     )
     head: Head = Field(
@@ -162,8 +161,8 @@ class BaseFacts(Strict):
 class Layout(Strict):
     """Names and shapes of all that a slice holds."""
 
-    modules: dict[Text, tuple[int, int]] = Field(min_length=1, max_length=20_000, description="adapted module → (n_out, n_in)")
-    full: dict[Text, tuple[int, ...]] = Field(default={}, max_length=1_000, description="tensor kept whole → shape")
+    modules: dict[str, tuple[int, int]] = Field(min_length=1, max_length=20_000, description="adapted module → (n_out, n_in)")
+    full: dict[str, tuple[int, ...]] = Field(default={}, max_length=1_000, description="tensor kept whole → shape")
     base: BaseFacts
 
     @field_validator("modules", "full")

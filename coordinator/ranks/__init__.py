@@ -47,7 +47,7 @@ class Candidate:
     profile: Profile
     measured: Measured | None = None
     previous: int | None = None  # the rank of its last job in this run
-    overburdened: bool = False  # that one started from the whole adapter, and ran out of time or memory
+    overburdened: bool = False  # such a job started from the whole adapter, and ran out of time or memory
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def begin(plan: Plan, candidate: Candidate, view: RankView, seconds: float) -> R
 
 def _burden(plan: Plan, candidate: Candidate, rank: int, seconds: float) -> str | None:
     if candidate.overburdened:
-        return "its last job, which started from the whole adapter, ran out of time or memory"
+        return "a job that started from the whole adapter ran out of time or memory"
     if not _within_bytes(plan, candidate.profile, rank, whole=True):
         return f"{owner_words(candidate.profile)}, and the whole adapter takes more"
     return configured(plan.ranks).burden(plan, candidate, rank, seconds)

@@ -103,15 +103,16 @@ def _coming(request: Request, limit: int, stall: float) -> Receive:
     announced = _announced(request)
     if limit < announced < math.inf:
         raise errors.TooLarge(f"the body is announced with {announced:.0f} bytes; this route takes {limit}", largest=limit)
-    came = 0
+    came, now = 0, asyncio.get_running_loop().time
+    last = now() + (2 * stall if announced <= MESSAGE.bytes else math.inf)  # nobody knows yet whose a short one is
 
     async def piece() -> Message:
         nonlocal came
         try:
-            async with asyncio.timeout(stall):
+            async with asyncio.timeout_at(min(last, now() + stall)):
                 message = await request.receive()
         except TimeoutError:
-            raise errors.StalledBody(f"no byte came for {stall:g} seconds, after {came}; send all of it again") from None
+            raise errors.StalledBody(f"no byte came for {stall:g} seconds, or few, after {came}; send all of it again") from None
         came += len(message.get("body", b""))
         if came > limit:
             raise errors.TooLarge(f"more than {limit} bytes came; this route takes no more", largest=limit)

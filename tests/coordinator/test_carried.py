@@ -131,13 +131,34 @@ async def test_who_runs_out_of_time_or_memory_with_the_whole_adapter_gets_its_sl
     federation.tick()
     job = await device.take()
     assert job.directions is None
-    assert job.rank_reason.endswith(
-        "it starts from its slice: its last job, which started from the whole adapter, ran out of time or memory"
-    )
+    assert job.rank_reason.endswith("it starts from its slice: a job that started from the whole adapter ran out of time or memory")
     await device.complete(job)
     federation.tick()
     assert (await device.take()).directions == [0, 1, 2, 3], "what nobody measured may be enough now"
     assert (await federation.admin.run(run)).state is RunState.running
+
+
+async def test_who_has_too_little_memory_to_measure_the_whole_adapter_measures_its_slice_from_then_on(federation: Federation) -> None:
+    trains = await federation.enrol("trains")
+    measures = await federation.enrol("measures", make_profile(train=0))
+    await federation.open(make_plan(strategy={"name": "folded"}, cap=CAP, cohort=ALONE, times=HOUR, rounds=5))
+    job = await measures.take(JobKind.evaluate)
+    assert job.directions is not None
+    await measures.give_back(job, problem=errors.MemoryRefusal.slug())
+    for _ in range(2):
+        while (given := await trains.next_job()) is not None:
+            await trains.complete(given)
+        federation.tick()
+        job = await measures.take(JobKind.evaluate)
+        assert job.directions is None
+        await measures.complete(job)
+
+    federation.advance(1)
+    await measures.put_profile(make_profile(train=0, memory_bytes=2 * 10**9))
+    while (given := await trains.next_job()) is not None:
+        await trains.complete(given)
+    federation.tick()
+    assert (await measures.take(JobKind.evaluate)).directions is not None, "the machine is another one now"
 
 
 async def test_a_job_that_begins_late_is_cut_by_what_it_starts_from_and_what_it_measured_is_of_that(small: Federation) -> None:

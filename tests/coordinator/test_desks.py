@@ -121,6 +121,26 @@ async def test_where_the_database_is_away_all_hear_of_it_at_once(database: Datab
     assert await desk.bring(write, "next", "next") == "next"
 
 
+async def test_where_the_database_goes_away_meanwhile_the_others_hear_of_it_at_once(database: Database) -> None:
+    attempts: list[list[str]] = []
+
+    def broken(session: Session, kinds: Sequence[str], _: datetime) -> list[str]:
+        attempts.append(list(kinds))
+        if len(kinds) > 1:
+            raise ValueError("of one of them, perhaps")
+        database.clock = unanswered
+        raise OperationalError("select", None, ConnectionError("nobody answers"))
+
+    def unanswered(_: Session) -> datetime:
+        raise OperationalError("select", None, ConnectionError("nobody answers"))
+
+    desk = Desk(database)
+    told = await asyncio.wait_for(asyncio.gather(*(desk.bring(broken, c, c) for c in "abc"), return_exceptions=True), SOON)
+
+    assert [type(outcome) for outcome in told] == [OperationalError] * 3
+    assert attempts == [["a", "b", "c"], ["a"]]
+
+
 async def test_who_stops_waiting_leaves_the_others_unharmed(database: Database) -> None:
     desk = Desk(database)
     gone, stays = (asyncio.ensure_future(desk.bring(write, kind, kind)) for kind in ("gone", "stays"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 import torch
 from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from coordinator import publishing, tables
+from coordinator.bell import Bell
 from coordinator.conductor import Conductor
+from coordinator.database import Database
 from coordinator.executors import open_executor
-from protocol import errors, slices
+from protocol import crash, errors, slices
 from protocol.contents import Label
 from protocol.plan import Dtype
 from protocol.slices import Factors
@@ -132,6 +136,45 @@ async def test_a_round_that_could_not_be_published_at_once_is_not_merged_again(f
 
     assert lost
     assert executor.tasks == len(LAYOUT.modules) + len(LAYOUT.full)
+    assert attempts(federation, run, 1) == (1, 0)
+    assert (await federation.admin.round(run, 1)).state is RoundState.published
+
+
+class Mute(Database):
+    """A database that commits what publishes round 1, and does not get that told the first time."""
+
+    def __init__(self, same: Database) -> None:
+        vars(self).update(vars(same))
+        self.lost = False
+
+    @contextmanager
+    def write(self, point: crash.Point | None = None) -> Iterator[Session]:
+        with super().write(point) as session:
+            yield session
+            published = session.scalar(select(tables.Round.id).where(tables.Round.number == 1, tables.Round.state == RoundState.published))
+        if published and not self.lost:
+            self.lost = True
+            raise OperationalError("commit", None, ConnectionError("the server closed the connection"))
+
+
+class Heard(Bell):
+    """Counts how often everybody is woken."""
+
+    times = 0
+
+    def wake_everybody(self) -> None:
+        self.times += 1
+        super().wake_everybody()
+
+
+async def test_clients_hear_of_a_round_whose_publishing_was_committed_though_that_was_not_told(federation: Federation) -> None:
+    run, parts = await closed(federation), federation.parts
+    database, bell = Mute(parts.database), Heard()
+    with Counting(1) as executor:
+        Conductor(database, parts.blobs, executor, bell, pace=20).tick()
+
+    assert database.lost
+    assert bell.times == 1
     assert attempts(federation, run, 1) == (1, 0)
     assert (await federation.admin.round(run, 1)).state is RoundState.published
 

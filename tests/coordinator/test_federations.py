@@ -170,6 +170,16 @@ async def test_what_a_client_measures_weighs_no_more_than_the_rows_of_its_profil
     assert (await small.admin.round(run, 1)).train_metrics == {"loss_after": pytest.approx(0.75)}  # ten training rows each
 
 
+async def test_metrics_stay_what_they_were_when_a_client_has_other_rows_later(small: Federation) -> None:
+    devices = [await small.enrol(f"device {n}", make_profile(held_out=rows)) for n, rows in enumerate((9, 1))]
+    run = await small.open(make_plan(rounds=1, cohort={"target": 2, "quorum": 2}))
+    for device, value, weight in zip(devices, (0.5, 1.0), (9, 1), strict=True):
+        await device.complete(await device.take(JobKind.evaluate), metrics={"accuracy": Metric(value=value, weight=weight)})
+    await devices[0].put_profile(make_profile(datasets={}))
+
+    assert (await small.admin.run(run)).metrics == {"accuracy": pytest.approx((9 * 0.5 + 1 * 1.0) / 10)}
+
+
 async def test_a_language_models_losses_weigh_up_to_the_tokens_that_its_rows_can_have(small: Federation) -> None:
     honest, liar = [await small.enrol(f"device {n}", make_profile(held_out=rows)) for n, rows in enumerate((9, 1))]
     run = await small.open(make_plan(task={"kind": "causal-lm", "max_length": 100}, rounds=1, cohort={"target": 2, "quorum": 2}))

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from coordinator import access, clients, errands, events, handout, tables
+from coordinator import access, clients, errands, events, handout, publishing, tables
 from coordinator.database import LAST, Database
+from coordinator.desk import Desk
 from coordinator.errands import Renewing
 from coordinator.jobs import Holder
-from protocol.messages import Progress
+from protocol import errors
+from protocol.messages import Progress, Renewal
 from protocol.states import JobKind, JobState, RoundState, RunState
 from tests.federation import make_plan
 
 pytestmark = pytest.mark.postgres
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 FLEET, TIMES, LATE = 300, 80, 60
+PROGRESS = Progress(epoch=1, phase="train", step=1, steps=2)
+TRAINING = (tables.Job.round_id == 1, tables.Job.kind == JobKind.train)
 Work = Callable[[Session], object]
 
 
@@ -91,21 +97,88 @@ def test_a_round_ends_while_its_jobs_are_renewed(database: Database, jobs: list[
     chance = random.Random(1)
 
     def renewed(session: Session) -> None:
-        errands.renew(session, [Renewing(job, Progress(epoch=1, phase="train", step=1, steps=2)) for job in chance.sample(jobs, 100)], NOW)
+        errands.renew(session, [Renewing(job, PROGRESS) for job in chance.sample(jobs, 100)], NOW)
         raise Undone
 
     def ended(session: Session) -> None:
-        mine = (tables.Job.round_id == 1, tables.Job.kind == JobKind.train)
-        assert handout.end(session, *mine, state=JobState.cancelled, reason="the test says so", now=NOW) == FLEET
+        assert handout.end(session, *TRAINING, state=JobState.cancelled, reason="the test says so", now=NOW) == FLEET
         raise Undone
 
     all_at_once(database, renewed, ended)
+
+
+async def test_a_batch_of_several_kinds_is_committed_while_a_round_ends(database: Database, jobs: list[Holder]) -> None:
+    """Each kind takes its jobs in order; kind after kind, a batch would take a later client's job before an earlier one's."""
+    chance, desk = random.Random(2), Desk(database)
+    failed: list[BaseException] = []
+    event.listen(database.engine, "handle_error", lambda context: failed.append(context.original_exception))
+
+    def again(session: Session, brought: Sequence[Renewing], now: datetime) -> Sequence[Renewal | errors.HLoRAError]:
+        return errands.renew(session, brought, now)
+
+    def ended(session: Session) -> None:
+        handout.end(session, *TRAINING, state=JobState.cancelled, reason="the test says so", now=NOW)
+        raise Undone
+
+    ending = asyncio.create_task(asyncio.to_thread(all_at_once, database, ended))
+    while not ending.done():
+        works = [(job, chance.choice((errands.renew, again))) for job in chance.sample(jobs, 100)]
+        await asyncio.gather(*(desk.bring(work, job.client, Renewing(job, PROGRESS)) for job, work in works))
+    await ending
+    assert not failed
+
+
+def test_a_round_that_ends_what_is_overdue_takes_its_other_jobs_with_them(database: Database, jobs: list[Holder]) -> None:
+    """Those that are overdue first and the others later would be in no order."""
+    chance = random.Random(3)
+    with database.write() as session:
+        last = max(job.client for job in jobs)
+        session.execute(update(tables.Job).where(tables.Job.client_id == last).values(lease_until=NOW - timedelta(seconds=1)))
+
+    def renewed(session: Session) -> None:
+        errands.renew(session, [Renewing(job, PROGRESS) for job in chance.sample(jobs, 100)], NOW)
+        raise Undone
+
+    def ended(session: Session) -> None:
+        handout.expire(session, session.get_one(tables.Run, "run-1"), NOW)
+        assert handout.end(session, *TRAINING, state=JobState.cancelled, reason="the test says so", now=NOW) == FLEET - 1
+        raise Undone
+
+    all_at_once(database, renewed, ended)
+
+
+def test_a_round_is_given_back_while_its_run_is_stopped(database: Database, jobs: list[Holder]) -> None:
+    with database.write() as session:
+        session.execute(update(tables.Round).values(state=RoundState.merging, merge_epoch=1))
+
+    def given_back(session: Session) -> None:
+        publishing.give_back(session, publishing.Claim(1, 1), NOW, "the store is away")
+        raise Undone
+
+    def stopped(session: Session) -> None:
+        session.get_one(tables.Run, "run-1", with_for_update={"key_share": True})
+        session.execute(update(tables.Round).values(reason="the test says so"))
+        raise Undone
+
+    all_at_once(database, given_back, stopped)
 
 
 def test_the_server_lets_go_of_what_a_coordinator_that_hangs_holds(database: Database) -> None:
     for _ in range(2):  # a connection that comes back from the pool was rolled back
         with database.write() as session:
             assert session.scalar(text("show idle_in_transaction_session_timeout")) == "1min"
+
+
+def test_a_connection_that_the_server_ended_is_a_database_that_is_away(database: Database) -> None:
+    """So that what was under way is done again, and no run fails for it."""
+    with database.write() as session:
+        session.execute(text("set local idle_in_transaction_session_timeout = '50ms'"))
+        time.sleep(1)
+        with pytest.raises(OperationalError, match="idle-in-transaction"):
+            session.execute(text("select 1"))
+        session.rollback()
+    with database.write() as session:
+        assert session.scalar(text("select 1")) == 1
 
 
 def test_who_was_told_the_newest_event_was_told_all_before_it(database: Database) -> None:

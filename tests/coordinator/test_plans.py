@@ -77,6 +77,7 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "a whole tensor that nobody can print": {"layout": LAYOUT.model_dump(mode="json") | {"full": {"a\x85b": [9]}}},
     "a scale that leaves no numbers": {"adapter": ADAPTER | {"alpha": 1e-300}},
     "a bound that leaves nothing": {"norm": {"bound": 5e-324}},
+    "a label without end": {"task": PLAN["task"] | {"labels": ["a", 4097 * "b"]}},
     "a whole tensor beyond any": {"layout": LAYOUT.model_dump(mode="json") | {"full": {"x": [2**31, 2**31]}}},
     "a module beyond any": {"layout": LAYOUT.model_dump(mode="json") | {"modules": {"q": [2**31, 2**31]}}},
 }
@@ -110,7 +111,9 @@ def test_an_adapter_of_all_that_is_linear_in_a_model_of_70_billion_parameters_is
     feasible.check(make_plan(layout=layout, cap=512, ranks={"name": "capacity", "ladder": [8, 512]}))
 
 
-@pytest.mark.parametrize("changes", [{"adapter": ADAPTER | {"alpha": 1e-300}}, {"data": "te\0xts"}])
+@pytest.mark.parametrize(
+    "changes", [{"adapter": ADAPTER | {"alpha": 1e-300}}, {"data": "te\0xts"}, {"task": PLAN["task"] | {"labels": ["a", 4097 * "b"]}}]
+)
 async def test_a_run_from_before_there_was_a_bound_is_still_told(small: Federation, changes: dict[str, Any]) -> None:
     run = (await small.admin.create(make_plan())).id
     with small.parts.database.write() as session:

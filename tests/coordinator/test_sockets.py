@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -220,6 +220,21 @@ async def test_a_json_body_that_stalls_is_waited_for_no_longer(sqlite_url: str, 
             assert isinstance(error, errors.StalledBody)
             assert "after 1;" in error.detail
             assert (await device.renew(job)).verdict == "continue"
+
+
+async def test_a_short_json_body_that_comes_byte_by_byte_is_not_waited_for_forever(sqlite_url: str, tmp_path: Path) -> None:
+    """Whose it is nobody has asked yet, so that anybody could hold a connection."""
+    with serving(sqlite_url, tmp_path, stall_seconds=0.5) as address, address.connect() as connection:
+        connection.sendall(b"POST /v1/enrolments HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n{")
+        connection.settimeout(0.1)
+        received = b""
+        for _ in range(300):
+            with suppress(TimeoutError):
+                received = connection.recv(65536)
+                break
+            connection.sendall(b" ")
+
+        assert b"problems/stalled-body" in received
 
 
 async def test_uploads_that_wait_for_their_senders_hold_nobody_up(address: Address, admin: Operator) -> None:
