@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from agent.readers import READERS, Row, Unreadable, semicolons
-from protocol import errors
+from protocol import errors, texts
 from protocol.messages import Dataset
 from protocol.strict import Strict, mistakes
 
@@ -142,6 +142,8 @@ class Catalogue:
             count -= kept
         elif source.held_out is not None:
             kept = sum(1 for _ in self.rows(alias, Part.held_out))
+        if (column := next((name for name in columns if texts.ODD.search(name)), None)) is not None:
+            raise errors.DataRefusal(f"{alias!r} has a column {column[:200]!a}, and {texts.REASON}: give it another name", alias=alias)
         try:
             return Dataset(train=count, held_out=kept, columns=list(columns))
         except ValidationError:

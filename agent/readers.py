@@ -48,10 +48,10 @@ def _csv(file: Path) -> Iterator[Row]:
                     raise Unreadable(fields + (semicolons(names) or "; put texts with commas in quotation marks"))
                 yield dict(zip(names, record, strict=True))
         except csv.Error as error:  # whose words are about commas and quotation marks, and none from the file
-            raise Unreadable(
-                f"{f'row {n + 1}' if names else 'the first line'} cannot be read as csv ({error}); look for a quotation mark "
-                f"that is not closed, and give texts of more than {csv.field_size_limit():,} characters as jsonl"
-            ) from error
+            most = csv.field_size_limit()
+            closed = f"; look for a quotation mark that is not closed, and give texts of more than {most:,} characters as jsonl"
+            where = f"row {n + 1}" if names else "the first line"
+            raise Unreadable(f"{where} cannot be read as csv ({error}){semicolons(names) or closed}") from error
 
 
 def _parquet(file: Path) -> Iterator[Row]:

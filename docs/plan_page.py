@@ -20,7 +20,7 @@ TABLES: Mapping[str, type[BaseModel]] = {
     '[task], with kind = "causal-lm"': protocol.plan.CausalLM,
     "[adapter]": protocol.plan.Adapter,
     "[training]": protocol.course.Training,
-    "[strategy], without it delta": protocol.plan.Choice,
+    f"[strategy], without it {Plan.model_fields['strategy'].default.name}": protocol.plan.Choice,
     "[ranks]": protocol.plan.Ranks,
     "[cohort]": protocol.course.Cohort,
     "[times]": protocol.course.Times,

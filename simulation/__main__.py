@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import shutil
 import tempfile
 import tomllib
 import zipfile
@@ -17,6 +18,7 @@ from protocol import errors
 
 if TYPE_CHECKING:
     from protocol.plan import Plan
+    from protocol.views import RunDetail
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,24 +54,42 @@ async def _simulate(file: Path, fleet: Path, out: Path | None, rounds: int | Non
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))  # warnings and worse
     torch.set_num_threads(1)  # the same numbers whatever the machine, and one core left for merging
     plan = read_plan(file, {"rounds": rounds, "seed": seed})
-    if out is not None:
-        _prepare(out)
-    with tempfile.TemporaryDirectory(prefix="hlora-") as scratch:
-        report = Report(as_json)
-        async with federation(device.fleet(fleet), out or Path(scratch)) as found:
-            async for run in found.run(plan):
-                await report.follow(found, run)
-            if out is not None:
-                _keep(await found.adapter(run.id, plan.global_rank), out / "adapter")
+    before = None if out is None else _prepare(out)
+    latest: RunDetail | None = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="hlora-") as scratch:
+            async with federation(device.fleet(fleet), out or Path(scratch)) as found:
+                try:
+                    report = Report(as_json)
+                    async for latest in found.run(plan):
+                        await report.follow(found, latest)
+                finally:  # also of a run that does not go on
+                    if out is not None and latest is not None and latest.round:
+                        _keep(await found.adapter(latest.id, plan.global_rank), out / "adapter")
+    except errors.HLoRAError:
+        if out is not None and before is not None and latest is None:
+            _clear(out, before)
+        raise
 
 
-def _prepare(out: Path) -> None:
+def _prepare(out: Path) -> set[Path]:
+    """Make the folder; gives what is in it already."""
     if (out / "hlora.sqlite").exists():
         raise errors.Conflict(f"{out} holds a federation already; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise errors.InvalidRequest(f"{out} cannot be made a folder ({error.strerror}); choose another one") from None
+    return set(out.iterdir())
+
+
+def _clear(out: Path, before: set[Path]) -> None:
+    """Remove what a simulation that never began has left, so that the same command can be given again."""
+    for path in set(out.iterdir()) - before:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _keep(archive: bytes, folder: Path) -> None:

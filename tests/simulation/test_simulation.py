@@ -208,6 +208,13 @@ def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Pa
     )
 
     out = tmp_path / "out"
+    rows = fleet / "amy" / "things.jsonl"
+    good = rows.read_text()
+    rows.write_text(good + '{"text": "cow"\n')
+    broken = subprocess.run([sys.executable, "-m", "simulation", plan, fleet, "--out", out], capture_output=True, text=True, check=False)
+    assert "device amy" in broken.stderr
+    assert list(out.iterdir()) == [], "it cannot be told again to go there"
+    rows.write_text(good)
     told = subprocess.run(
         [sys.executable, "-m", "simulation", plan, fleet, "--rounds", "1", "--json", "--out", out],
         capture_output=True,
