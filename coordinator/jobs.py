@@ -114,6 +114,8 @@ def held(client_id: str, job_id: str, epoch: int) -> ColumnElement[bool]:
 
 def lock(session: Session, *which: ColumnElement[bool]) -> None:
     """Take these jobs until the transaction ends, in the order of clients and jobs as everywhere; then they may be changed in any order."""
+    if session.get_bind().dialect.name == "sqlite":  # whose writers come one after the other
+        return
     session.execute(select(Job.id).where(*which).order_by(Job.client_id, Job.id).with_for_update(key_share=True)).all()
 
 
