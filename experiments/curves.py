@@ -126,7 +126,7 @@ def _plot(axes: Axes, line: Line, value: Value, look: Look, bounds: tuple[float,
     rounds = sorted(set.intersection(*(set(row) for row in rows)))
     means = [interval([row[n] for row in rows]) for n in rounds]
     marker, size = (look.marker, 3.5) if look.marker or len(rounds) > FEW else (".", 7.0)
-    axes.plot(rounds, [x.mean for x in means], look.line, color=look.colour, marker=marker, linewidth=1.8, markersize=size)
+    axes.plot(rounds, [x.mean for x in means], linestyle=look.line, color=look.colour, marker=marker, linewidth=1.8, markersize=size)
     if len(rows) > 2:  # of two seeds it would cover the picture, and say nothing
         least, most = bounds or (float("-inf"), float("inf"))
         low, high = [max(least, x.mean - (x.half or 0)) for x in means], [min(most, x.mean + (x.half or 0)) for x in means]

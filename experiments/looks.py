@@ -1,8 +1,10 @@
 """How a contestant is drawn: the same in every picture, after what it is and not after where it stands.
 
-colour     the strategy; where one rank is for all, darker with the rank, and grey for federated averaging
+colour     the strategy, `reweighted` where directions that few train count for more; where one rank is for all, darker with the rank,
+           and grey for federated averaging
 shade      the darker the more momentum
-line       solid; dashed with one rank for all; dotted with a cap, ranks or numbers of its own; dash and dot for what is no federation
+line       solid; dashed with one rank for all; dotted with a cap, ranks or numbers of its own; with the balanced split dotted, or in short
+           dashes, with the right one sparsely dotted; dash and dot for what is no federation
 dots       the learning rate cools
 """
 
@@ -40,7 +42,7 @@ class Look:
     """A line's colour, its dashes, and what marks its measured rounds."""
 
     colour: str
-    line: str
+    line: str | tuple[int, tuple[int, ...]]  # as matplotlib names dashes
     marker: str
 
 
@@ -51,9 +53,11 @@ def look(experiment: Experiment, contestant: Contestant) -> Look:
     assert isinstance(strategy, dict), "checked with the plan"
     options = strategy.get("options")
     cools = isinstance(training, dict) and training.get("cooling", 1.0) != 1.0
-    momentum = options.get("momentum") if isinstance(options, dict) else None
+    options = options if isinstance(options, dict) else {}
+    momentum = options.get("momentum")
     dark = DARKER * momentum if isinstance(momentum, int | float) else 0.0
-    colour = COLOURS.get(str(strategy["name"]), OTHER) if contestant.kind == "federated" else OTHER
+    name = "reweighted" if options.get("reweight") else str(strategy["name"])
+    colour = COLOURS.get(name, OTHER) if contestant.kind == "federated" else OTHER
     light = (1 - dark) * (1 - min(contestant.rank or 0, DARKEST) / (1.4 * DARKEST))
     return Look(_shaded(colour, light), _dashes(contestant), "o" if cools else "")
 
@@ -63,12 +67,16 @@ def mixed(contestant: Contestant) -> bool:
     return contestant.kind == "federated" and contestant.rank is None
 
 
-def _dashes(contestant: Contestant) -> str:
+def _dashes(contestant: Contestant) -> str | tuple[int, tuple[int, ...]]:
+    adapter = contestant.plan.get("adapter")
+    split = adapter.get("split", "left") if isinstance(adapter, dict) else "left"
     if contestant.kind != "federated":
         return "-."
     if contestant.rank is not None:
-        return "--"
-    return ":" if contestant.plan.keys() & {"cap", "wire", "uploads", "ranks"} else "-"
+        return "--" if split == "left" else (0, (2, 1))
+    if split == "right":
+        return (0, (1, 4))
+    return ":" if split == "balanced" or contestant.plan.keys() & {"cap", "wire", "uploads", "ranks"} else "-"
 
 
 def _shaded(colour: str, light: float) -> str:

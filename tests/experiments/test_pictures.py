@@ -18,7 +18,7 @@ EXPERIMENTS = [read(file) for file in sorted(FOLDER.glob("*.toml"))]
 
 def test_a_contestant_looks_the_same_in_every_experiment() -> None:
     """But for dots, where the rate cools for everybody."""
-    looks: dict[str, set[tuple[str, str]]] = {}
+    looks: dict[str, set[tuple[str, object]]] = {}
     for experiment in EXPERIMENTS:
         for contestant in experiment.contestants:
             found = look(experiment, contestant)
