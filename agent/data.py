@@ -142,8 +142,9 @@ class Catalogue:
             count -= kept
         elif source.held_out is not None:
             kept = sum(1 for _ in self.rows(alias, Part.held_out))
-        if (column := next((name for name in columns if texts.ODD.search(name)), None)) is not None:
-            raise errors.DataRefusal(f"{alias!r} has a column {column[:200]!a}, and {texts.REASON}: give it another name", alias=alias)
+        for n, name in enumerate(columns, start=1):  # which may be a text by itself, where a file has no line of names
+            if texts.ODD.search(name):
+                raise errors.DataRefusal(f"{alias!r}: column {n} needs another name: {texts.REASON}", alias=alias)
         try:
             return Dataset(train=count, held_out=kept, columns=list(columns))
         except ValidationError:

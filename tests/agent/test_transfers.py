@@ -28,6 +28,7 @@ from tests.federation import LAYOUT, Device, Federation, make_plan
 
 LARGE = LAYOUT.model_copy(update={"full": {"head.bias": (2,), "head.weight": (2300, 1000)}})  # 9.2 MB: two parts
 HEADERS = 2000  # bytes of a request beside its body, and of an answer
+UNHEARD = (64 + 256) << 10  # bytes that the server may have read and not handed on: when a connection is cut it forgets them
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ async def test_an_upload_that_is_cut_anywhere_goes_on_where_it_was(way: Way, fed
     way.link.up.cuts = iter(cuts)
     await way.send(attempts=20)
     assert federation.parts.blobs.read(way.ref.digest) == way.file.read_bytes()
-    assert way.link.up.carried <= way.ref.bytes + 4 * HEADERS * way.link.connections  # nothing was sent twice
+    again = way.link.up.carried - way.ref.bytes - 4 * HEADERS * way.link.connections
+    assert again <= UNHEARD * (way.link.connections - 1)  # what was heard was not sent twice
 
 
 @pytest.mark.parametrize("seed", range(2))
