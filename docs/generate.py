@@ -157,7 +157,8 @@ Which one? What follows is what [the evidence](evidence.md) shows, on small mode
 - On QQP `folded` and `delta`, with momentum or without, and `raflora` learn soonest, and none of them ends beyond chance above another;
   `folded` ends above rank 2 for all, `zero_pad` and `flora`.
 - Where all machines can train one rank, let them: unequal ranks did not beat equal ranks of the same mean that were trained by the same
-  means, though they beat such ranks as federated averaging trains them. `delta` with momentum ended a little lower there than `fedavg` (by 0.015).
+  means, though they beat such ranks as federated averaging trains them. `delta` with momentum ended a little lower there than `fedavg`
+  (by 0.015).
 - `hlora` and `zero_pad` lose, round by round, what lies beyond the smallest rank; `flora` with a cap of twice the largest rank is level
   with `delta`, for three times its bytes; `hetlora` and `ffa` are there to be compared with. Where one of these departs from its
   paper, its file in `coordinator/aggregation` says so. Compare on rows like yours: [experiments](experiments.md).
