@@ -25,9 +25,11 @@ from protocol.messages import Job
 from protocol.plan import Plan
 from protocol.slices import Slice
 from protocol.states import RoundState, RunState
+from protocol.views import RunDetail
 from simulation import device
-from simulation.__main__ import read_plan
+from simulation.__main__ import _simulate, read_plan
 from simulation.federation import federation
+from simulation.report import Report
 from tests.tiny import tiny_encoder
 
 ANIMALS = ("cow", "hen", "owl", "cat", "dog", "fox")
@@ -85,6 +87,19 @@ async def _digests(plan: Plan, fleet: Path, folder: Path, executor: str = "threa
         assert last.state is RunState.finished, last.reason
         rounds = await found.rounds(last.id)
     return [round.adapter.digest for round in rounds if round.adapter is not None]
+
+
+PLAN = """
+name = "things"
+data = "things"
+rounds = 5
+model = {{ id = "{model}" }}
+training = {{ learning_rate = 0.01 }}
+task = {{ kind = "sequence-classification", labels = ["animal", "tool"] }}
+adapter = {{ modules = ["query"] }}
+ranks = {{ ladder = [2, 4] }}
+cohort = {{ target = 3, quorum = 3 }}
+"""
 
 
 async def test_a_federation_learns_and_each_device_trains_the_rank_that_it_can_afford(model: Path, fleet: Path, tmp_path: Path) -> None:
@@ -201,11 +216,7 @@ async def test_the_pulled_adapter_measures_what_the_federation_measured(
 
 def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Path, fleet: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.toml"
-    plan.write_text(
-        f'name = "things"\ndata = "things"\nrounds = 5\nmodel = {{ id = "{model}" }}\ntraining = {{ learning_rate = 0.01 }}\n'
-        'task = { kind = "sequence-classification", labels = ["animal", "tool"] }\nadapter = { modules = ["query"] }\n'
-        "ranks = { ladder = [2, 4] }\ncohort = { target = 3, quorum = 3 }\n"
-    )
+    plan.write_text(PLAN.format(model=model))
 
     out = tmp_path / "out"
     rows = fleet / "amy" / "things.jsonl"
@@ -228,6 +239,23 @@ def test_the_command_tells_each_round_and_refuses_a_fleet_that_is_none(model: Pa
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
+
+
+async def test_what_a_run_that_does_not_go_on_has_learned_is_kept(
+    model: Path, fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on to round 1, and then the report ends it, as where it is paused."""
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.format(model=model))
+
+    async def paused(_report: Report, _federation: object, run: RunDetail) -> None:
+        if run.round:
+            raise errors.Conflict("the run is paused: waits for clients")
+
+    monkeypatch.setattr(Report, "follow", paused)
+    with pytest.raises(errors.Conflict, match="paused"):
+        await _simulate(plan, fleet, tmp_path / "out", None, None, as_json=False)
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
 def test_what_is_wrong_with_a_device_names_it(fleet: Path, tmp_path: Path) -> None:
